@@ -1,0 +1,16 @@
+"""Stateful units that methods share; plain PyTorch, usable in any training loop."""
+
+from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
+from torchlethe.components.distributed import all_reduce_sum, world_size
+from torchlethe.components.fast_slow_updater import FastSlowUpdater
+from torchlethe.components.fisher import DiagonalFisher
+from torchlethe.components.saliency_mask import SaliencyMask
+
+__all__ = [
+    "AdaptiveForgetLoss",
+    "DiagonalFisher",
+    "FastSlowUpdater",
+    "SaliencyMask",
+    "all_reduce_sum",
+    "world_size",
+]

@@ -1,0 +1,74 @@
+"""Data without Lightning: in-memory image sets, position-aware loaders, batched augmentation, forget requests."""
+
+from torchlethe.data.augmentation import Augmentation
+from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch
+from torchlethe.data.forget import (
+    ForgetClasses,
+    ForgetFraction,
+    ForgetIndices,
+    ForgetRequest,
+    ForgetSplit,
+    ForgetSubclasses,
+)
+from torchlethe.data.hashing import mix_seed, random_bits
+from torchlethe.data.images import ImageDataset, InMemoryImages
+from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise
+from torchlethe.data.loaders import PositionedLoader
+from torchlethe.data.roles import (
+    ROLES,
+    Feed,
+    Interleaved,
+    Joined,
+    JoinedDataset,
+    Paired,
+    Role,
+    RoleDataset,
+    RoleLoader,
+    Sequential,
+    Single,
+    feed_loader,
+)
+from torchlethe.data.samplers import PositionedSampler, RoleSampler, epoch_order, shard
+from torchlethe.data.splits import class_balanced, stratified
+from torchlethe.data.wrapped import WrappedDataset, find_labels
+
+__all__ = [
+    "PADDING_INDEX",
+    "PADDING_LABEL",
+    "ROLES",
+    "AsymmetricNoise",
+    "Augmentation",
+    "Feed",
+    "ForgetClasses",
+    "ForgetFraction",
+    "ForgetIndices",
+    "ForgetRequest",
+    "ForgetSplit",
+    "ForgetSubclasses",
+    "ImageDataset",
+    "InMemoryImages",
+    "Interleaved",
+    "Joined",
+    "JoinedDataset",
+    "LabelNoise",
+    "Paired",
+    "PositionedLoader",
+    "PositionedSampler",
+    "Role",
+    "RoleDataset",
+    "RoleLoader",
+    "RoleSampler",
+    "Sequential",
+    "Single",
+    "SymmetricNoise",
+    "WrappedDataset",
+    "as_batch",
+    "class_balanced",
+    "epoch_order",
+    "feed_loader",
+    "find_labels",
+    "mix_seed",
+    "random_bits",
+    "shard",
+    "stratified",
+]

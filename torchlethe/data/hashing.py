@@ -1,0 +1,72 @@
+"""Counter-based randomness: random numbers as a pure function of integers, with no generator state.
+
+The mixer is the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014; constants of variant 13 by D. Stafford), a bijection of the 64-bit integers whose output bits each depend
+on all input bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The 64 bits of ``value`` read as a signed integer, as int64 tensors hold them."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def mix_seed(*values: int) -> int:
+    """Mix integers into one seed for ``torch.Generator.manual_seed``.
+
+    Args:
+        *values: Integers of any size, for example a user's seed and an epoch; their order matters.
+
+    Returns:
+        An integer in [0, 2**63).
+
+    >>> mix_seed(0, 1) == mix_seed(0, 1), mix_seed(0, 1) == mix_seed(1, 0)
+    (True, False)
+    """
+    state = 0
+    for value in values:
+        state = (state + value + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * _M1) & _MASK
+        state = ((state ^ (state >> 27)) * _M2) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    # int64 multiplication wraps as uint64 does; `>>` keeps the sign, so the copies of the sign bit are masked away.
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_M1)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_M2)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def random_bits(seed: int, epoch: Tensor, index: Tensor, streams: int) -> Tensor:
+    """Random integers that depend on nothing but (seed, epoch, index, stream).
+
+    Any split of the samples into batches, ranks or runs gives each sample the same numbers, on CPU and CUDA alike.
+
+    Args:
+        seed: Any integer.
+        epoch: (B,) int64, the pass in which a sample is drawn.
+        index: (B,) int64, the identity of a sample.
+        streams: How many independent numbers each sample needs.
+
+    Returns:
+        (B, streams) int64, uniform over [0, 2**32).
+
+    >>> zero = torch.zeros(2, dtype=torch.int64)
+    >>> random_bits(7, zero, torch.tensor([4, 5]), 3).shape
+    torch.Size([2, 3])
+    """
+    key = _mix(_mix(epoch + _signed(mix_seed(seed) * 2 + 1)) + index + _signed(_GOLDEN))
+    stream = torch.arange(1, streams + 1, device=key.device) * _signed(_GOLDEN)
+    return (_mix(key[:, None] + stream) >> 32) & 0xFFFFFFFF

@@ -1,0 +1,138 @@
+"""What every module around an image classifier shares: logits, evaluation, weights, hyper-parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from torchlethe.data import PADDING_LABEL, as_batch
+from torchlethe.io import load_weights
+
+
+class ClassificationModule(LightningModule):
+    """A network that maps images to logits, and its evaluation; the base of every classifier module here.
+
+    Validation and test log the loss (nats), the accuracy and the expected calibration error, the last two in [0, 1],
+    as ``val_loss``, ``val_accuracy``, ``val_calibration_error`` and ``test_…``.
+
+    Args:
+        network: maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, num_classes)``.
+        num_classes: number of classes, at least 2.
+        weights: file to load into the network, see :func:`torchlethe.io.load_weights`.
+
+    Raises:
+        FileNotFoundError: ``weights`` does not exist.
+        ValueError: an argument is out of range, the weights do not fit, or network, data and ``num_classes`` disagree.
+
+    Note:
+        Under DDP metrics are summed over ranks, and the samples that pad the last batches are left out.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, weights: str | Path | None = None) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}, it must be at least 2.")
+        self.save_plain_hyperparameters()
+        self.network = network
+        self.num_classes = num_classes
+        if weights is not None:
+            load_weights(network, weights)
+        kinds = {"num_classes": num_classes, "ignore_index": PADDING_LABEL}
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(average="micro", **kinds),
+                "calibration_error": MulticlassCalibrationError(**kinds),
+            }
+        )
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def save_plain_hyperparameters(self) -> None:
+        """Keep the constructor's arguments in the checkpoint, in a form that loads without executing code.
+
+        Under LightningCLI that is the whole configuration; in plain Python, the arguments that are plain values.
+        """
+        ignore: list[str] = []
+        frame = inspect.currentframe()
+        # every __init__ between the caller and this class belongs to this object and brings arguments
+        while _given_hyperparameters.get() is None and (frame := frame.f_back if frame else None):
+            if frame.f_code.co_name != "__init__" or frame.f_locals.get("self") is not self:
+                break
+            ignore += [name for name, value in frame.f_locals.items() if not _is_plain(value)]
+        self.save_hyperparameters(ignore=ignore, frame=inspect.currentframe().f_back)  # type: ignore[union-attr]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)`` in [0, 1]."""
+        return self.network(image)
+
+    def setup(self, stage: str) -> None:
+        """Check that the network's head, the data and ``num_classes`` agree."""
+        head = getattr(self.network, "head", None)
+        outputs = getattr(head, "out_features", self.num_classes)
+        if outputs != self.num_classes:
+            raise ValueError(f"the network's head has {outputs} outputs, num_classes is {self.num_classes}.")
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        if classes != self.num_classes:
+            raise ValueError(f"the data has {classes} classes, num_classes is {self.num_classes}.")
+
+    def training_logits(self, image: Tensor) -> Tensor:
+        """Logits in at least float32, checked for their shape."""
+        logits = self(image)
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"the network gives logits of shape {tuple(logits.shape)}, expected (batch, {self.num_classes})."
+            )
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with a scheduler when there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no optimizer.")
+
+    @staticmethod
+    def with_scheduler(optimizer: torch.optim.Optimizer, factory: Callable[..., Any] | None, interval: str) -> Any:
+        """What Lightning expects of ``configure_optimizers`` for one optimizer and an optional scheduler factory."""
+        if factory is None:
+            return optimizer
+        scheduler = factory(optimizer)
+        settings = {"scheduler": scheduler, "interval": interval, "monitor": getattr(scheduler, "monitor", "val_loss")}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._evaluate(batch, self.val_metrics, self.val_loss, "val_loss")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the test metrics."""
+        self._evaluate(batch, self.test_metrics, self.test_loss, "test_loss")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Logits ``(B, num_classes)`` and the index ``(B,)`` of each image, -1 for padding; without labels is fine."""
+        batch = as_batch(batch) if isinstance(batch, dict | list | tuple) else {"image": batch}
+        logits = self(batch["image"])
+        return {"index": batch.get("index", torch.arange(len(logits), device=logits.device)), "logits": logits}
+
+    def _evaluate(self, batch: Any, metrics: MetricCollection, mean_loss: MeanMetric, name: str) -> None:
+        batch = as_batch(batch)
+        logits, labels = self.training_logits(batch["image"]), batch["label"]
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING_LABEL)
+        metrics.update(logits, labels)
+        mean_loss.update(losses, (labels != PADDING_LABEL).to(losses.dtype))
+        self.log(name, mean_loss, prog_bar=True, batch_size=len(labels))
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))  # type: ignore[arg-type]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,156 @@
+"""What an update rule is: what it reads, how it prepares, what one step does."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchlethe.data import Feed, as_batch
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Backward = Callable[[Tensor], None]
+
+
+def plain_backward(loss: Tensor) -> None:
+    """Backpropagate, as outside any trainer."""
+    loss.backward()
+
+
+class UpdateRule(ABC):
+    """One method's way of changing a network, usable in a plain loop, a Trainer or another method.
+
+    A plain loop::
+
+        rule = SFRonUpdate(steps=100)
+        rule.configure(network)
+        rule.prepare(network, {"forget": forget_loader, "remain": remain_loader})
+        for k, batch in enumerate(RoleLoader(...)):      # dicts {"forget": batch, "remain": batch}
+            rule.step(network, batch, k)
+
+    Attributes:
+        feed: which roles the rule reads in training, and how (:mod:`torchlethe.data.roles`).
+        optimizers: the optimizers that ``configure`` made; the caller saves and restores their state.
+        prepared: whether ``prepare`` has run, or its outcome was restored.
+    """
+
+    feed: Feed
+    optimizers: list[Optimizer]
+    prepared: bool = False
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The roles, out of forget, remain, train and validation, whose data the rule is given."""
+        return self.feed.roles
+
+    @abstractmethod
+    def configure(self, network: nn.Module) -> list[Optimizer]:
+        """Make the optimizers for a network; called once, before ``prepare`` and ``step``."""
+
+    def prepare(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
+        """Do what comes before the first step, such as measuring importances.
+
+        Args:
+            network: the network to be changed, on its device.
+            loaders: a loader for each role in ``reads``, in a fixed order and without augmentation.
+
+        Returns:
+            Numbers worth logging.
+        """
+        self.prepared = True
+        return {}
+
+    @abstractmethod
+    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+        """Change the network by one training batch.
+
+        Args:
+            network: the network, in train mode.
+            batch: what the feed yields: a batch, or a dict from role to batch.
+            k: the number of batches done before, from 0.
+            backward: how to backpropagate (a Trainer passes its own).
+
+        Returns:
+            Detached scalars worth logging, on the device.
+        """
+
+    def finish(self, network: nn.Module) -> None:  # noqa: B027 (optional)
+        """Look back after the last step, for instance to warn that it had little effect."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights and the optimizers: tensors and plain values."""
+        return {"prepared": self.prepared}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; called after ``configure``."""
+        self.prepared = state["prepared"]
+
+
+class LossUpdate(UpdateRule):
+    """A rule that is one loss for each batch and an ordinary optimizer step on it.
+
+    Under a Trainer such a rule runs with automatic optimization, so that accumulation, clipping, mixed precision and
+    optimizer hooks work as flags.
+
+    Args:
+        optimizer: makes the optimizer from the parameters.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory) -> None:
+        self.optimizer = optimizer
+
+    def configure(self, network: nn.Module) -> list[Optimizer]:
+        """One optimizer over all trainable parameters."""
+        self.optimizers = [self.optimizer([p for p in network.parameters() if p.requires_grad])]
+        return self.optimizers
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise on this batch, and detached scalars worth logging."""
+
+    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+        """Minimise :meth:`loss` by one optimizer step."""
+        (optimizer,) = self.optimizers
+        optimizer.zero_grad(set_to_none=True)
+        loss, logs = self.loss(network, batch, k)
+        backward(loss)
+        optimizer.step()
+        return logs
+
+
+def logits_and_labels(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Run a network on a batch; logits come in at least float32, whatever the network's precision.
+
+    Args:
+        network: maps images to logits ``(B, K)``.
+        batch: a dict with ``image`` and ``label``, or an ``(image, label)`` tuple.
+
+    Returns:
+        Logits ``(B, K)`` and labels ``(B,)``.
+    """
+    batch = as_batch(batch)
+    logits = network(batch["image"])
+    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), batch["label"]
+
+
+def cross_entropy(network: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of a network on a batch, a scalar; see :func:`logits_and_labels`."""
+    return nn.functional.cross_entropy(*logits_and_labels(network, batch))
+
+
+@contextmanager
+def batch_norm_in_eval(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use its running statistics, and leave them alone, inside the block."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

@@ -1,0 +1,27 @@
+"""Fine-tuning on the remaining data: the simplest baseline, hoping that the forget set fades."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchlethe.data import Single
+from torchlethe.updates.base import LossUpdate, OptimizerFactory, cross_entropy
+
+
+class FineTuneUpdate(LossUpdate):
+    """Cross-entropy descent on the remaining data.
+
+    Args:
+        optimizer: makes the optimizer from the parameters.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory) -> None:
+        super().__init__(optimizer)
+        self.feed = Single("remain")
+
+    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of the batch."""
+        loss = cross_entropy(network, batch)
+        return loss, {"remain_loss": loss.detach()}

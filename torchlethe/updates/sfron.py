@@ -1,0 +1,234 @@
+"""SFRon: saliency-masked, adaptively weighted forgetting steps, interleaved with repair steps on the remaining data.
+
+Source: Huang et al., NeurIPS 2024, https://arxiv.org/abs/2409.19732; official code
+https://github.com/K1nght/Unified-Unlearning-w-Remain-Geometry (``Classification/``). The defaults reproduce the code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from torchlethe.components import AdaptiveForgetLoss, DiagonalFisher, FastSlowUpdater, SaliencyMask
+from torchlethe.data import Interleaved
+from torchlethe.functional.forgetting import forget_schedule, weight_entropy
+from torchlethe.updates.base import (
+    Backward,
+    OptimizerFactory,
+    UpdateRule,
+    batch_norm_in_eval,
+    cross_entropy,
+    logits_and_labels,
+    plain_backward,
+)
+
+MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], SaliencyMask]
+
+
+def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """SGD with the published CIFAR-10 settings."""
+    return SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+class SFRonUpdate(UpdateRule):
+    """The SFRon procedure; the arguments are those of :class:`torchlethe.lightning_modules.SFRon`.
+
+    Iteration k of ``steps`` takes, when ``forget_every`` divides k, one forgetting step (the gradient of -alpha ·
+    schedule(k / steps) · weighted loss, masked, then clipped), and always one descent step on the remaining data.
+
+    Args:
+        steps: number K of iterations, each with one remaining batch.
+        forget_every: iterations T from one forgetting step to the next.
+        optimizer: makes the optimizer; shared by both kinds of step unless ``forget_optimizer`` is given.
+        forget_optimizer: makes a separate optimizer for the forgetting steps (DualOptim).
+        lr_schedule: ``cosine`` over ``steps`` for both kinds of step, or ``constant``.
+        alpha: strength of the forgetting ascent.
+        schedule: how alpha falls: ``cosine``, ``linear``, ``expdecay`` or ``constant``.
+        coefficients: ``adaptive`` sample weights, or ``uniform``.
+        lam: exponent of the adaptive weights, in [0, 1].
+        loss_floor: see :class:`~torchlethe.components.AdaptiveForgetLoss`.
+        clip: largest norm of the masked forgetting gradient; ``inf`` never clips.
+        mask: ``ratio`` of the two Fisher informations, ``none``, or a function from both to a mask.
+        gamma: threshold of the ratio.
+        fisher: ``batch`` or ``sample``, see :class:`~torchlethe.components.DiagonalFisher`.
+        strict_mask: keep masked weights and their optimizer state exactly as they were in forgetting steps; weight
+            decay and momentum would otherwise move them.
+        slow_beta: share of the new weights in the slow update; 1 switches it off.
+        slow_every: pull after each ``step``, or once a ``cycle`` of ``forget_every`` iterations.
+        bn_forget: whether BatchNorm uses (and updates) its statistics from forget batches: ``train`` or ``eval``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1500,
+        forget_every: int = 5,
+        optimizer: OptimizerFactory = default_optimizer,
+        forget_optimizer: OptimizerFactory | None = None,
+        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        alpha: float = 25.0,
+        schedule: Literal["cosine", "linear", "expdecay", "constant"] = "cosine",
+        coefficients: Literal["adaptive", "uniform"] = "adaptive",
+        lam: float = 0.5,
+        loss_floor: float = 1e-6,
+        clip: float = 7.0,
+        mask: Literal["ratio", "none"] | MaskRule = "ratio",
+        gamma: float = 1.0,
+        fisher: Literal["batch", "sample"] = "batch",
+        strict_mask: bool = False,
+        slow_beta: float = 1.0,
+        slow_every: Literal["step", "cycle"] = "step",
+        bn_forget: Literal["train", "eval"] = "train",
+    ) -> None:
+        for name, value in {"steps": steps, "forget_every": forget_every}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1.")
+        for name, number in {"alpha": alpha, "clip": clip}.items():
+            if not number > 0:
+                raise ValueError(f"{name} is {number}, it must be above 0.")
+        choices = {
+            "lr_schedule": (lr_schedule, ("cosine", "constant")),
+            "coefficients": (coefficients, ("adaptive", "uniform")),
+            "slow_every": (slow_every, ("step", "cycle")),
+            "bn_forget": (bn_forget, ("train", "eval")),
+        }
+        for name, (choice, allowed) in choices.items():
+            if choice not in allowed:
+                raise ValueError(f"{name} is '{choice}', allowed are {' and '.join(allowed)}.")
+        if not callable(mask) and mask not in ("ratio", "none"):
+            raise ValueError(f"mask is '{mask}', allowed are ratio, none or a function of both Fisher informations.")
+        if not gamma >= 0:
+            raise ValueError(f"gamma is {gamma}, it must be at least 0.")
+        forget_schedule(schedule, 0.0)
+        FastSlowUpdater([], slow_beta)
+        self.steps = steps
+        self.forget_every = forget_every
+        self.optimizer = optimizer
+        self.forget_optimizer = forget_optimizer
+        self.lr_schedule = lr_schedule
+        self.alpha = alpha
+        self.schedule = schedule
+        self.forget_loss = AdaptiveForgetLoss(lam if coefficients == "adaptive" else 0.0, loss_floor)
+        self.clip = clip
+        self.mask_rule = mask
+        self.gamma = gamma
+        self.fisher = DiagonalFisher(fisher)
+        self.strict_mask = strict_mask
+        self.slow_beta = slow_beta
+        self.slow_period = 1 if slow_every == "step" else forget_every
+        self.bn_forget = bn_forget
+        self.feed = Interleaved(every=forget_every, steps=steps)
+        self.mask: SaliencyMask | None = None
+        self.clipped_steps: Tensor | None = None
+
+    def configure(self, network: nn.Module) -> list[Optimizer]:
+        """One optimizer, or two when the forgetting steps have their own."""
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        makers = [self.optimizer, *([self.forget_optimizer] if self.forget_optimizer else [])]
+        self.optimizers = [make(list(self.parameters.values())) for make in makers]
+        self.slow = FastSlowUpdater(self.parameters.values(), self.slow_beta)
+        return self.optimizers
+
+    def prepare(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
+        """Measure both Fisher informations and make the mask from them."""
+        if self.mask_rule == "none":
+            return super().prepare(network, loaders)
+        forget = self.fisher.estimate(network, loaders["forget"])
+        remain = self.fisher.estimate(network, loaders["remain"])
+        self.mask = (
+            self.mask_rule(forget, remain)
+            if callable(self.mask_rule)
+            else SaliencyMask.from_ratio(forget, remain, self.gamma)
+        )
+        kept = self.mask.kept_fraction()
+        if not 0.01 <= kept <= 0.9:
+            advice = "a smaller gamma lets more weights move" if kept < 0.01 else "a larger gamma protects more weights"
+            warnings.warn(f"the saliency mask keeps {kept:.1%} of the weights; {advice}.", stacklevel=2)
+        return super().prepare(network, loaders) | {"mask_kept_fraction": kept}
+
+    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+        """One iteration: a forgetting step when it is due, a repair step, the slow update."""
+        progress = k / self.steps
+        logs: dict[str, Tensor] = {}
+        self._set_learning_rates(progress)
+        if k % self.forget_every == 0:
+            logs |= self._forget(network, batch["forget"], forget_schedule(self.schedule, progress), backward)
+        logs |= self._repair(network, batch["remain"], backward)
+        if (k + 1) % self.slow_period == 0 or k + 1 == self.steps:
+            self.slow.pull()
+        return logs
+
+    def _set_learning_rates(self, progress: float) -> None:
+        if self.lr_schedule == "constant":
+            return
+        factor = forget_schedule("cosine", progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    def _forget(self, network: nn.Module, batch: Any, strength: float, backward: Backward) -> dict[str, Tensor]:
+        optimizer = self.optimizers[-1]
+        optimizer.zero_grad(set_to_none=True)
+        with batch_norm_in_eval(network) if self.bn_forget == "eval" else nullcontext():
+            logits, labels = logits_and_labels(network, batch)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        weighted = self.forget_loss(losses)
+        backward(-self.alpha * strength * weighted)
+        moved = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        if self.mask:
+            torch._foreach_mul_([p.grad for p in moved.values()], self.mask.select(moved))
+        norm = nn.utils.clip_grad_norm_(moved.values(), self.clip)
+        with self.mask.held(moved, optimizer) if self.mask and self.strict_mask else nullcontext():
+            optimizer.step()
+        with torch.no_grad():
+            clipped = (norm > self.clip).long()
+            self.clipped_steps = clipped if self.clipped_steps is None else self.clipped_steps + clipped
+            return {
+                "forget_loss": losses.detach().mean(),
+                "forget_loss_weighted": weighted.detach(),
+                "forget_weight_entropy": weight_entropy(self.forget_loss.weights(losses)),
+                "forget_misclassified": (logits.argmax(1) != labels).float().mean(),
+                "forget_gradient_norm": norm.detach(),
+                "forget_clip_ratio": (self.clip / (norm.detach() + 1e-6)).clamp(max=1.0),
+            }
+
+    def _repair(self, network: nn.Module, batch: Any, backward: Backward) -> dict[str, Tensor]:
+        optimizer = self.optimizers[0]
+        optimizer.zero_grad(set_to_none=True)
+        loss = cross_entropy(network, batch)
+        backward(loss)
+        optimizer.step()
+        return {"remain_loss": loss.detach()}
+
+    def finish(self, network: nn.Module) -> None:
+        """Warn when no forgetting step was strong enough to be clipped, a sign that little was forgotten."""
+        if self.clipped_steps is not None and self.clip < float("inf") and not self.clipped_steps.item():
+            warnings.warn(
+                f"no forgetting step reached the clipping norm {self.clip}: if too little was forgotten, "
+                f"raise alpha (now {self.alpha}) or lower forget_every (now {self.forget_every}).",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mask (one bit a weight), the anchor of the slow update and the number of clipped steps."""
+        return super().state_dict() | {
+            "mask": self.mask.state_dict() if self.mask else None,
+            "slow": self.slow.state_dict(),
+            "clipped_steps": self.clipped_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the mask goes to the device of the parameters."""
+        super().load_state_dict(state)
+        device = next(iter(self.parameters.values())).device
+        self.mask = SaliencyMask.from_state_dict(state["mask"], device) if state["mask"] else None
+        self.slow.load_state_dict(state["slow"])
+        self.clipped_steps = None if state["clipped_steps"] is None else state["clipped_steps"].to(device)
