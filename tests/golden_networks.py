@@ -28,14 +28,11 @@ class Tiny(nn.Module):
 
 def tensors_under(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
     """The golden arrays whose names start with a prefix, as float64 tensors without it."""
-    return {
-        name.removeprefix(prefix): torch.from_numpy(golden[name]) for name in golden if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): torch.from_numpy(golden[name]) for name in golden if name.startswith(prefix)}
 
 
 def fixed_batches(images: Tensor, labels: Tensor, size: int) -> list[dict[str, Tensor]]:
     """Consecutive slices in stored order, the last one short, as the official runs used."""
     return [
-        {"image": image, "label": label}
-        for image, label in zip(images.split(size), labels.split(size), strict=True)
+        {"image": image, "label": label} for image, label in zip(images.split(size), labels.split(size), strict=True)
     ]

@@ -30,6 +30,7 @@ from torchlethe.data.roles import (
 )
 from torchlethe.data.samplers import PositionedSampler, RoleSampler, epoch_order, shard
 from torchlethe.data.splits import class_balanced, stratified
+from torchlethe.data.streaming import ColumnImages, DecodedImages, ImageFiles, decode
 from torchlethe.data.wrapped import WrappedDataset, find_labels
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "ROLES",
     "AsymmetricNoise",
     "Augmentation",
+    "ColumnImages",
+    "DecodedImages",
     "Feed",
     "ForgetClasses",
     "ForgetFraction",
@@ -46,6 +49,7 @@ __all__ = [
     "ForgetSplit",
     "ForgetSubclasses",
     "ImageDataset",
+    "ImageFiles",
     "InMemoryImages",
     "Interleaved",
     "Joined",
@@ -64,6 +68,7 @@ __all__ = [
     "WrappedDataset",
     "as_batch",
     "class_balanced",
+    "decode",
     "epoch_order",
     "feed_loader",
     "find_labels",

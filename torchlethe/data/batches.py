@@ -43,4 +43,6 @@ def as_batch(batch: Any) -> dict[str, Any]:
         return found
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
         return {"image": batch[0], "label": batch[1]}
-    raise ValueError(f"batch is a {type(batch).__name__}, but must be a dict with `image` and `label` or a pair of them.")
+    raise ValueError(
+        f"batch is a {type(batch).__name__}, but must be a dict with `image` and `label` or a pair of them."
+    )

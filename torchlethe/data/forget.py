@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from torchlethe.data.hashing import mix_seed
+from torchlethe.data.hashing import generator_for
 from torchlethe.data.images import ImageDataset
 
 
@@ -87,6 +88,7 @@ class ForgetClasses(ForgetRequest):
     def __repr__(self) -> str:
         return f"ForgetClasses(classes={self.classes})"
 
+    @override
     def mask(self, dataset: ImageDataset) -> Tensor:
         numbers = _numbers("classes", self.classes, dataset.classes, len(dataset.classes))
         return torch.isin(dataset.labels, torch.tensor(numbers))
@@ -96,7 +98,7 @@ class ForgetSubclasses(ForgetRequest):
     """Forget part of a class: all training samples of some subclasses (rockets out of vehicles).
 
     Args:
-        subclasses: Numbers or names of the subclasses, which the data set must know (CIFAR-100 with coarse labels does).
+        subclasses: Numbers or names of the subclasses, which the data set must know (coarse CIFAR-100 does).
     """
 
     whole_class = True
@@ -107,9 +109,12 @@ class ForgetSubclasses(ForgetRequest):
     def __repr__(self) -> str:
         return f"ForgetSubclasses(subclasses={self.subclasses})"
 
+    @override
     def mask(self, dataset: ImageDataset) -> Tensor:
         if dataset.subclasses is None:
-            raise ValueError(f"subclasses is {self.subclasses}, but this data set has no subclasses; use ForgetClasses.")
+            raise ValueError(
+                f"subclasses is {self.subclasses}, but this data set has no subclasses; use ForgetClasses."
+            )
         names = dataset.subclass_names
         count = len(names) if names is not None else int(dataset.subclasses.max()) + 1
         return torch.isin(dataset.subclasses, torch.tensor(_numbers("subclasses", self.subclasses, names, count)))
@@ -134,9 +139,10 @@ class ForgetFraction(ForgetRequest):
     def __repr__(self) -> str:
         return f"ForgetFraction(fraction={self.fraction}, seed={self.seed})"
 
+    @override
     def mask(self, dataset: ImageDataset) -> Tensor:
         mask = torch.zeros(len(dataset), dtype=torch.bool)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix_seed(self.seed)))
+        order = torch.randperm(len(dataset), generator=generator_for("forget set", self.seed))
         mask[order[: int(self.fraction * len(dataset))]] = True
         return mask
 
@@ -188,11 +194,12 @@ class ForgetIndices(ForgetRequest):
         try:
             array = np.asarray(values)
         except ValueError:  # a ragged list
-            array = np.empty(0, dtype=object)
+            array = np.empty((0, 0))
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"source is {self!r}, but must be a flat list of whole numbers.")
         return torch.from_numpy(array.astype(np.int64))
 
+    @override
     def mask(self, dataset: ImageDataset) -> Tensor:
         wanted = self.indices()
         if not len(wanted):

@@ -42,6 +42,26 @@ def mix_seed(*values: int) -> int:
     return state >> 1
 
 
+def generator_for(purpose: str, *values: int) -> torch.Generator:
+    """A generator whose stream depends on what it is for, as well as on the seed.
+
+    Two draws over the same samples with the same seed must not agree: a forget set drawn like the label noise would
+    consist of the noisy samples.
+
+    Args:
+        purpose: What is drawn, for example ``"label noise"``.
+        *values: The user's seed, and whatever else the draw depends on.
+
+    Returns:
+        A seeded generator on the CPU.
+
+    >>> first, second = (torch.randperm(9, generator=generator_for(name, 0)) for name in ("noise", "forget"))
+    >>> torch.equal(first, second)
+    False
+    """
+    return torch.Generator().manual_seed(mix_seed(*purpose.encode(), *values))
+
+
 def _mix(x: Tensor) -> Tensor:
     # int64 multiplication wraps as uint64 does; `>>` keeps the sign, so the copies of the sign bit are masked away.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_M1)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL
 
@@ -187,7 +188,9 @@ class InMemoryImages(ImageDataset):
     ) -> None:
         super().__init__(labels, indices, classes, subclasses, subclass_names)
         if images.dtype is not torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, but must be uint8 of shape (N, C, H, W).")
+            raise ValueError(
+                f"images is {images.dtype} {tuple(images.shape)}, but must be uint8 of shape (N, C, H, W)."
+            )
         if len(images) != len(self.labels):
             raise ValueError(f"images has {len(images)} entries, but labels has {len(self.labels)}.")
         self.store = images
@@ -198,9 +201,11 @@ class InMemoryImages(ImageDataset):
         whole = len(self.rows) == len(self.store) and torch.equal(self.rows, torch.arange(len(self.store)))
         return self.store if whole else self.store.index_select(0, self.rows)
 
+    @override
     def read(self, rows: Tensor) -> Tensor:
         return self.store.index_select(0, rows.to(self.store.device))
 
+    @override
     def content(self, digest: Any) -> None:
         digest.update(str(tuple(self.store.shape[1:])).encode())
         for rows in self.rows.split(4096):

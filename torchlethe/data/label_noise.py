@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from torchlethe.data.hashing import mix_seed
+from torchlethe.data.hashing import generator_for
 
 
 class LabelNoise:
@@ -40,7 +41,7 @@ class LabelNoise:
         Returns:
             (N,) int64; ``labels`` is not changed.
         """
-        generator = torch.Generator().manual_seed(mix_seed(self.seed))
+        generator = generator_for("label noise", self.seed)
         hit = torch.randperm(len(labels), generator=generator)[: round(self.fraction * len(labels))]
         noisy = labels.clone()
         noisy[hit] = self.corrupt(labels[hit], num_classes, generator)
@@ -59,6 +60,7 @@ class SymmetricNoise(LabelNoise):
     3
     """
 
+    @override
     def corrupt(self, labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}, but symmetric noise needs at least 2.")
@@ -81,6 +83,7 @@ class AsymmetricNoise(LabelNoise):
         super().__init__(fraction, seed)
         self.pairs = None if pairs is None else {int(key): int(value) for key, value in pairs.items()}
 
+    @override
     def corrupt(self, labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
         if self.pairs is None:
             return (labels + 1) % num_classes

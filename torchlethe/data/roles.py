@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.data.samplers import RoleSampler
@@ -56,9 +57,11 @@ class Single(Feed):
         """The one role."""
         return frozenset({self.role})
 
+    @override
     def length(self, batches: Mapping[str, int]) -> int:
         return batches[self.role]
 
+    @override
     def plan(self, batches: Mapping[str, int], epoch: int = 0) -> Iterator[dict[str, int]]:
         start = epoch * batches[self.role]
         return ({self.role: start + step} for step in range(batches[self.role]))
@@ -88,9 +91,11 @@ class Interleaved(Feed):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}, but must be at least 1.")
 
+    @override
     def length(self, batches: Mapping[str, int]) -> int:
         return batches["remain"] if self.steps is None else self.steps
 
+    @override
     def plan(self, batches: Mapping[str, int], epoch: int = 0) -> Iterator[dict[str, int]]:
         steps = self.length(batches)
         forgets = -(-steps // self.every)
@@ -103,9 +108,11 @@ class Interleaved(Feed):
 class Paired(Feed):
     """A forget and a remaining batch at every step; an epoch is a pass over the longer, the shorter is cycled."""
 
+    @override
     def length(self, batches: Mapping[str, int]) -> int:
         return max(batches[role] for role in self.roles)
 
+    @override
     def plan(self, batches: Mapping[str, int], epoch: int = 0) -> Iterator[dict[str, int]]:
         steps = self.length(batches)
         return ({"forget": epoch * steps + k, "remain": epoch * steps + k} for k in range(steps))
@@ -115,9 +122,11 @@ class Paired(Feed):
 class Sequential(Feed):
     """A pass over the forget data, then one over the remaining data; one role a step."""
 
+    @override
     def length(self, batches: Mapping[str, int]) -> int:
         return batches["forget"] + batches["remain"]
 
+    @override
     def plan(self, batches: Mapping[str, int], epoch: int = 0) -> Iterator[dict[str, int]]:
         for role in ("forget", "remain"):
             yield from ({role: epoch * batches[role] + k} for k in range(batches[role]))
@@ -127,9 +136,11 @@ class Sequential(Feed):
 class Joined(Feed):
     """Plain batches of the shuffled union of both, with ``is_forget`` (B,) bool."""
 
+    @override
     def length(self, batches: Mapping[str, int]) -> int:
         return batches["joined"]
 
+    @override
     def plan(self, batches: Mapping[str, int], epoch: int = 0) -> Iterator[dict[str, int]]:
         start = epoch * batches["joined"]
         return ({"joined": start + step} for step in range(batches["joined"]))
@@ -246,8 +257,8 @@ def feed_loader(
         A :class:`RoleLoader`, or for :class:`Single` and :class:`Joined` a :class:`PositionedLoader` of plain batches.
     """
     if isinstance(feed, Single):
-        return PositionedLoader(role_set(feed.role), batch_size, shuffle=True, seed=seed, **kwargs)
+        return PositionedLoader(role_set(feed.role), batch_size=batch_size, shuffle=True, seed=seed, **kwargs)
     if isinstance(feed, Joined):
         union = JoinedDataset(role_set("forget"), role_set("remain"))
-        return PositionedLoader(union, batch_size, shuffle=True, seed=seed, **kwargs)
+        return PositionedLoader(union, batch_size=batch_size, shuffle=True, seed=seed, **kwargs)
     return RoleLoader({role: role_set(role) for role in sorted(feed.roles)}, feed, batch_size, seed, **kwargs)

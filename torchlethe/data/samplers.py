@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from torchlethe.data.hashing import mix_seed
+from torchlethe.data.hashing import generator_for, mix_seed
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -27,7 +27,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     Returns:
         (size,) int64, a permutation that depends on the three arguments only.
     """
-    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+    return torch.randperm(size, generator=generator_for("order", seed, epoch))
 
 
 def shard(order: Tensor, num_replicas: int, rank: int, *, flag_padding: bool, drop_last: bool = False) -> Tensor:

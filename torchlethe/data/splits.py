@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlethe.data.hashing import mix_seed
+from torchlethe.data.hashing import generator_for
 
 
 def _draw(labels: Tensor, classes: Tensor, quotas: list[int], seed: int) -> Tensor:
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix_seed(seed)))
+    order = torch.randperm(len(labels), generator=generator_for("split", seed))
     shuffled = labels[order]
     chosen = [order[shuffled == label][:quota] for label, quota in zip(classes, quotas, strict=True)]
     return torch.cat(chosen).sort().values
@@ -33,7 +33,9 @@ def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:
     torch.Size([3])
     """
     if not 0 < count < len(labels):
-        raise ValueError(f"count is {count}, but must lie between 1 and {len(labels) - 1} to split {len(labels)} samples.")
+        raise ValueError(
+            f"count is {count}, but must lie between 1 and {len(labels) - 1} to split {len(labels)} samples."
+        )
     classes, sizes = labels.unique(return_counts=True)
     shares = sizes.double() * count / len(labels)
     quotas = shares.floor().long()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
+from typing_extensions import override
 
 from torchlethe.data.batches import as_batch
 from torchlethe.data.images import ImageDataset
@@ -74,6 +75,7 @@ class WrappedDataset(ImageDataset):
         super().__init__(labels, classes=classes)
         self.dataset = dataset
 
+    @override
     def read(self, rows: Tensor) -> Tensor:
         images = [as_batch(self.dataset[row])["image"] for row in rows.tolist()]
         if not isinstance(images[0], Tensor):
@@ -82,6 +84,7 @@ class WrappedDataset(ImageDataset):
             images = [pil_to_tensor(image) for image in images]
         return default_collate(images)
 
+    @override
     def content(self, digest: Any) -> None:
         # Images are not read for it: they may be many, behind transforms, or not ours to look at.
         digest.update(type(self.dataset).__name__.encode())
@@ -113,5 +116,3 @@ def _replace_transform(dataset: Any, source: Any) -> Any:
         if hasattr(source, name):
             setattr(dataset, name, getattr(source, name))
     return dataset
-
-

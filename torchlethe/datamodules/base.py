@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -50,6 +51,8 @@ class ImageDataModule(LightningDataModule):
         label_noise: Noise on the training labels; ``train_set.clean_labels`` keeps the true ones.
         augmentation: Augmentation of training batches, ``"default"`` for the data set's usual one, None for none.
         drop_last: Drop the last short training batch.
+        input_size: Side to which images are resized on the device, after augmentation (bicubic), for networks made for
+            larger images; None keeps the size.
 
     Attributes:
         train_set: Training samples, after :meth:`setup`.
@@ -78,9 +81,14 @@ class ImageDataModule(LightningDataModule):
         label_noise: LabelNoise | None = None,
         augmentation: Augmentation | Literal["default"] | None = "default",
         drop_last: bool = False,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("input_size", input_size),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
         if validation < 0 or (validation >= 1 and validation != int(validation)):
@@ -91,7 +99,7 @@ class ImageDataModule(LightningDataModule):
         self.num_workers, self.seed, self.drop_last = num_workers, seed, drop_last
         self.validation, self.split_seed, self.subset = validation, split_seed, subset
         self.drop_classes = list(drop_classes or ())
-        self.label_noise = label_noise
+        self.label_noise, self.input_size = label_noise, input_size
         self.augmentation = self.default_augmentation if augmentation == "default" else augmentation
         self.train_set: ImageDataset | None = None
         self.validation_set: ImageDataset | None = None
@@ -145,13 +153,13 @@ class ImageDataModule(LightningDataModule):
 
     def eval_loader(self, dataset: ImageDataset) -> PositionedLoader:
         """A loader in stored order, without augmentation, for any data set of this module."""
-        return PositionedLoader(dataset, self.eval_batch_size, **loader_settings(self, self.num_workers))
+        return PositionedLoader(dataset, batch_size=self.eval_batch_size, **loader_settings(self, self.num_workers))
 
     def train_dataloader(self) -> PositionedLoader:
         """Shuffled training batches, which know their position."""
         return PositionedLoader(
             self.train_set,
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=True,
             seed=self.seed,
             drop_last=self.drop_last,
@@ -198,6 +206,9 @@ class ImageDataModule(LightningDataModule):
                 key = self.seed if seed is None else seed
                 image = self.augmentation(image, batch["index"], batch["epoch"], batch.get("augment"), key)
             image = image.float().div_(255)
+            if self.input_size is not None and image.shape[-2:] != (self.input_size, self.input_size):
+                size = (self.input_size, self.input_size)
+                image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp_(0, 1)
         batch["image"] = image
         return batch
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
+from typing_extensions import override
 
 from torchlethe.data.images import InMemoryImages
 from torchlethe.data.splits import stratified
@@ -58,6 +59,7 @@ class DigitsDataModule(ImageDataModule):
             raise ValueError(f"test_size is {test_size}, but must lie between 1 and 1796.")
         self.image_size, self.channels, self.test_size = image_size, channels, test_size
 
+    @override
     def load(self, split: Split) -> InMemoryImages:
         images, labels = _digits(self.image_size)
         chosen = torch.zeros(len(labels), dtype=torch.bool)

@@ -125,12 +125,18 @@ class UnlearningDataModule(LightningDataModule):
 
     def _foreign_sets(self) -> dict[str, ImageDataset | None]:
         loaders = {}
-        for name, hook in (("train", "train_dataloader"), ("validation", "val_dataloader"), ("test", "test_dataloader")):
+        for name, hook in (
+            ("train", "train_dataloader"),
+            ("validation", "val_dataloader"),
+            ("test", "test_dataloader"),
+        ):
             loader = getattr(self.data, hook)() if is_overridden(hook, self.data) else None
             loaders[name] = loader[0] if isinstance(loader, (list, tuple)) and loader else loader or None
         for name in ("train", "test"):
             if getattr(loaders[name], "dataset", None) is None:
-                raise ValueError(f"data is a {type(self.data).__name__}, but its {name} loader has no data set to divide.")
+                raise ValueError(
+                    f"data is a {type(self.data).__name__}, but its {name} loader has no data set to divide."
+                )
         train_loader: Any = loaders["train"]
         self._foreign_batch_size, self._foreign_workers = train_loader.batch_size or 1, train_loader.num_workers
         train = WrappedDataset(train_loader.dataset)
@@ -158,7 +164,9 @@ class UnlearningDataModule(LightningDataModule):
             raise RuntimeError("role_set is known after `setup()`, which was not called yet.")
         if role not in self._sets:
             allowed = ", ".join(sorted(self._sets))
-            raise ValueError(f"role is {role!r}, but this data has {allowed} (`validation` of the wrapped module sets one).")
+            raise ValueError(
+                f"role is {role!r}, but this data has {allowed} (`validation` of the wrapped module sets one)."
+            )
         return self._sets[role]
 
     def feed(self) -> Feed:
@@ -169,7 +177,9 @@ class UnlearningDataModule(LightningDataModule):
             return feed
         reads = sorted(getattr(module, "reads", None) or {"train"})
         if len(reads) > 1 or reads[0] not in ROLES:
-            raise ValueError(f"reads of {type(module).__name__} is {reads}, but without a `feed` it must be one of {ROLES}.")
+            raise ValueError(
+                f"reads of {type(module).__name__} is {reads}, but without a `feed` it must be one of {ROLES}."
+            )
         return Single(reads[0])  # type: ignore[arg-type]
 
     def _settings(self) -> dict[str, Any]:
@@ -193,21 +203,23 @@ class UnlearningDataModule(LightningDataModule):
         """
         dataset = self.role_set(role)
         if shuffle:
-            return PositionedLoader(dataset, self.batch_size, shuffle=True, seed=self.seed, **self._settings())
+            return PositionedLoader(
+                dataset, batch_size=self.batch_size, shuffle=True, seed=self.seed, **self._settings()
+            )
         return self._eval_loader(dataset, self.batch_size)
 
     def _eval_loader(self, dataset: ImageDataset, batch_size: int) -> PositionedLoader:
         test = self._sets["test"]
         if isinstance(dataset, WrappedDataset) and isinstance(test, WrappedDataset):
             dataset = dataset.with_transform_of(test.dataset)
-        return PositionedLoader(dataset, batch_size, **self._settings())
+        return PositionedLoader(dataset, batch_size=batch_size, **self._settings())
 
     def evaluation_loaders(self) -> dict[str, DataLoader[Any]]:
         """Loaders that judge a model, in stored order and without augmentation.
 
         Returns:
-            ``forget``, ``remain`` and ``test``; ``validation`` if there is one; ``test_forget`` and ``test_remain`` when
-            whole classes (or subclasses that the test set knows) are forgotten.
+            ``forget``, ``remain`` and ``test``; ``validation`` if there is one; ``test_forget`` and ``test_remain``
+            when whole classes (or subclasses that the test set knows) are forgotten.
         """
         sets = {name: self.role_set(name) for name in ("forget", "remain", "test")}
         if "validation" in self._sets:

@@ -61,8 +61,8 @@ def kl_to_reference(
 
     Example:
         >>> a, b = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-        >>> kl_to_reference(b, a).item()  # ln 2 apart on average, weighed by ½
-        0.12
+        >>> kl_to_reference(b, a)
+        tensor([0.1201])
     """
     logits, reference_logits = paired_logits(logits, reference_logits, labels)
     p_u, p_r = logits.softmax(dim=1), reference_logits.softmax(dim=1)
@@ -92,8 +92,9 @@ def js_to_reference(
 def js_bad_teacher(logits: Tensor, reference_logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """The “JS divergence” of the bad-teacher code, of each sample.
 
-    JS' = ½ mean_k [m (log m − log p_u) + m (log m − log p_r)], m = ½ (p_u + p_r). It averages over the K classes where :func:`js_to_reference` sums, and measures KL from the mixture m instead of to
-    it, so it is about K times smaller. It is what ZRF is made of.
+    JS' = ½ mean_k [m (log m − log p_u) + m (log m − log p_r)], m = ½ (p_u + p_r). It averages over the K classes where
+    :func:`js_to_reference` sums, and measures KL from the mixture m instead of to it, so it is about K times smaller.
+    It is what ZRF is made of.
 
     Args:
         logits: (B, K) of the judged model.

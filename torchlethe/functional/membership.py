@@ -114,8 +114,10 @@ def fit_logistic(
         determinant = h00 * h11 - h01 * h01
         d0, d1 = (h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant
         descent, step = g0 * d0 + g1 * d1, 1.0
-        # halve the step until it helps: Newton overshoots where nearly separated data make the loss flat
-        while step > 1e-10 and objective(slope - step * d0, offset - step * d1) > value - 1e-4 * step * descent:
+        # halve the step until it helps: Newton overshoots where nearly separated data make the loss flat; the slack is
+        # what float64 resolves, so that the last steps towards the optimum are not refused
+        slack = 1e-14 * (1.0 + value)
+        while step > 1e-10 and objective(slope - step * d0, offset - step * d1) > value - 1e-4 * step * descent + slack:
             step *= 0.5
         if step <= 1e-10:  # no further progress possible in float64
             break

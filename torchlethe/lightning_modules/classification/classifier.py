@@ -49,7 +49,7 @@ class Classifier(ClassificationModule):
 
     Example:
         >>> from torchlethe.models import MLP
-        >>> module = Classifier(MLP(in_features=64, num_classes=10), num_classes=10)
+        >>> module = Classifier(MLP(), num_classes=10)
         >>> tuple(module(torch.rand(2, 1, 8, 8)).shape)
         (2, 10)
     """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -87,6 +90,8 @@ class UnlearningModule(ClassificationModule):
     def setup(self, stage: str) -> None:
         """Check network and data; manual optimization refuses fp16, whose range the forgetting strength exceeds."""
         super().setup(stage)
+        # ModelCheckpoint warns that it saves the state after the step, which is the one to resume from
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if not self.automatic_optimization and str(self.trainer.precision).startswith("16"):
             raise ValueError(
                 f"precision is {self.trainer.precision}, {type(self).__name__} needs bf16-mixed, bf16-true, 32 or 64."
@@ -115,17 +120,15 @@ class UnlearningModule(ClassificationModule):
         """A loader for each role that the rule reads, on the device, in order and without augmentation."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "role_loader"):
-            return {role: _Transferred(datamodule.role_loader(role), datamodule, self.device) for role in self.reads}
+            return {role: _Transferred(datamodule.role_loader(role), self.trainer) for role in self.reads}
         loaders = self.trainer.train_dataloader
         if isinstance(loaders, dict):
             missing = sorted(self.reads - loaders.keys())
             if missing:
-                raise ValueError(
-                    f"{type(self).__name__} reads {', '.join(missing)} too: give a loader for each role."
-                )
-            return {role: _Transferred(loaders[role], None, self.device) for role in self.reads}
+                raise ValueError(f"{type(self).__name__} reads {', '.join(missing)} too: give a loader for each role.")
+            return {role: _Transferred(loaders[role], self.trainer) for role in self.reads}
         if len(self.reads) == 1:
-            return dict.fromkeys(self.reads, _Transferred(loaders, None, self.device))
+            return dict.fromkeys(self.reads, _Transferred(loaders, self.trainer))
         raise ValueError(
             f"{type(self).__name__} reads {', '.join(sorted(self.reads))}: "
             "pass an UnlearningDataModule, or a dict with a loader for each."
@@ -172,16 +175,13 @@ class UnlearningModule(ClassificationModule):
 
 
 class _Transferred:
-    """A loader whose batches are moved and prepared as Lightning would, without augmentation."""
+    """A loader whose batches are moved and prepared as Lightning would in evaluation, for use outside its loops."""
 
-    def __init__(self, loader: Iterable[Any], datamodule: Any, device: torch.device) -> None:
-        self.loader, self.datamodule, self.device = loader, datamodule, device
+    def __init__(self, loader: Iterable[Any], trainer: Trainer) -> None:
+        self.loader, self.trainer = loader, trainer
 
-    def __iter__(self) -> Any:
-        from lightning.fabric.utilities import move_data_to_device
-
+    def __iter__(self) -> Iterator[Any]:
+        device = self.trainer.strategy.root_device
+        prepare = getattr(getattr(self.trainer, "datamodule", None), "prepare_batch", move_data_to_device)
         for batch in self.loader:
-            if self.datamodule is not None:
-                yield self.datamodule.prepare_batch(batch, self.device)
-            else:
-                yield move_data_to_device(batch, self.device)
+            yield self.trainer.precision_plugin.convert_input(prepare(batch, device))

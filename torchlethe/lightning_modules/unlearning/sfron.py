@@ -56,7 +56,7 @@ class SFRon(UnlearningModule):
 
     Example:
         >>> from torchlethe.models import MLP
-        >>> module = SFRon(MLP(in_features=64, num_classes=10), num_classes=10, steps=100, alpha=10.0)
+        >>> module = SFRon(MLP(), num_classes=10, steps=100, alpha=10.0)
         >>> sorted(module.reads)
         ['forget', 'remain']
     """
