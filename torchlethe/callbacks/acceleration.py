@@ -22,15 +22,16 @@ class CompileNetwork(Callback):
 
     Args:
         mode: as in ``torch.compile``: ``default``, ``reduce-overhead`` or ``max-autotune``.
-        dynamic: whether shapes may vary without recompiling; the last short batch compiles once more otherwise.
+        dynamic: whether shapes may vary without recompiling; by default the last short batch compiles once more.
+        backend: as in ``torch.compile``.
 
     Raises:
         ValueError: the module has no ``network``, or says that it cannot be compiled (``compilable = False``).
     """
 
-    def __init__(self, mode: str = "default", dynamic: bool | None = None) -> None:
-        self.mode = mode
-        self.dynamic = dynamic
+    def __init__(self, mode: str = "default", dynamic: bool | None = None, backend: str = "inductor") -> None:
+        # other backends know no modes
+        self.options = {"backend": backend, "dynamic": dynamic} | ({"mode": mode} if backend == "inductor" else {})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compile before the first batch."""
@@ -39,4 +40,4 @@ class CompileNetwork(Callback):
             raise ValueError(f"CompileNetwork needs a module with a 'network', {type(pl_module).__name__} has none.")
         if not getattr(pl_module, "compilable", True):
             raise ValueError(f"{type(pl_module).__name__} cannot be compiled; remove the CompileNetwork callback.")
-        network.compile(mode=self.mode, dynamic=self.dynamic)
+        network.compile(**self.options)

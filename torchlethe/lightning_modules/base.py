@@ -116,7 +116,8 @@ class ClassificationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Logits ``(B, num_classes)`` and the index ``(B,)`` of each image, -1 for padding; without labels is fine."""
-        batch = as_batch(batch) if isinstance(batch, dict | list | tuple) else {"image": batch}
+        if not isinstance(batch, dict):
+            batch = {"image": batch[0] if isinstance(batch, list | tuple) else batch}
         logits = self(batch["image"])
         return {"index": batch.get("index", torch.arange(len(logits), device=logits.device)), "logits": logits}
 
