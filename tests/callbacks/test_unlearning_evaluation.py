@@ -1,4 +1,5 @@
 import json
+import sys
 import time
 
 import numpy as np
@@ -9,9 +10,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tests.helpers import quiet_trainer
+from tests.helpers import forgetful_digits, quiet_trainer, sgd, small_network
 from torchlethe.callbacks.unlearning_evaluation import UnlearningEvaluation
+from torchlethe.data import ForgetClasses
 from torchlethe.functional.uncertainty import accuracy, confidence
+from torchlethe.lightning_modules import Classifier
 from torchlethe.metrics.evaluation import Outputs, divergence_metrics, unlearning_metrics
 
 SIZES = {"forget": 23, "remain": 70, "test": 41}
@@ -177,6 +180,25 @@ def test_the_module_keeps_its_own_network(tmp_path, retrained):
     assert metrics["meta"]["original"]["sha256"] == metrics["meta"]["reference"]["sha256"]
 
 
+def test_a_request_by_class_on_real_data(tmp_path):
+    data = forgetful_digits(ForgetClasses([3]), validation=0.1)
+    module = Classifier(small_network(), 10, optimizer=sgd())
+    callback = UnlearningEvaluation(membership=["entropy_logistic", "confidence_threshold", "simple"])
+    trainer = quiet_trainer(default_root_dir=tmp_path, callbacks=[callback], max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    metrics, arrays = read(tmp_path)
+    assert metrics["meta"]["split_hash"] == data.split.hash
+    counts = metrics["meta"]["counts"]
+    assert counts["test_forget"] + counts["test_remain"] == counts["test"]
+    parts = [metrics[f"test_{part}_accuracy"] * counts[f"test_{part}"] for part in ("forget", "remain")]
+    assert sum(parts) / counts["test"] == pytest.approx(metrics["test_accuracy"])
+    assert sorted(arrays["index_forget"]) == sorted(data.role_set("forget").indices)
+    labels = data.role_set("remain").labels
+    assert len(arrays["confidence_remain"]) == len(labels)
+    for name in ("mia_entropy_logistic", "mia_confidence_threshold", "mia_simple", "validation_accuracy"):
+        assert 0 <= metrics[name] <= 100
+
+
 class Split:
     def __init__(self, value):
         self.hash = value
@@ -221,7 +243,7 @@ def test_a_reference_of_the_same_split_is_not_passed_twice(tmp_path):
 
 
 def test_a_test_is_evaluated_too(tmp_path):
-    callback = UnlearningEvaluation(loaders=Loaders(), on=["test"], filename="judged.json", membership=[])
+    callback = UnlearningEvaluation(loaders=Loaders(), stages=["test"], filename="judged.json", membership=[])
     module = Somebodys()
     trainer = quiet_trainer(default_root_dir=tmp_path, callbacks=[callback], max_epochs=1)
     trainer.fit(module, train_loader())
@@ -341,7 +363,7 @@ def test_wrong_input_is_refused_in_a_sentence_before_training(tmp_path, number):
     [
         ({"membership": ["lira"]}, "membership contains 'lira'"),
         ({"divergences": ["tv"]}, "divergences="),
-        ({"on": "fit"}, "on='fit' must be a list"),
+        ({"stages": "fit"}, "stages='fit' must be a list"),
         ({"filename": "evaluation.txt"}, r"must end in \.json"),
         ({"svc_mode": "slow"}, "svc_mode='slow'"),
     ],
@@ -387,17 +409,17 @@ class FullBatch(Somebodys):
             self.network[1].weight.copy_(torch.linspace(-2, 2, 9 * CLASSES).sin().reshape(CLASSES, 9))
 
 
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_initialized(), reason="forks two ranks")
 def test_two_ranks_equal_one(tmp_path):
-    module = FullBatch()
     weights = tmp_path / "weights.pt"
     torch.save(FullBatch().network.state_dict(), weights)
     found = []
     for kind, callback, settings in (
         ("one", UnlearningEvaluation(weights, loaders=Loaders()), {}),
-        ("two", ShardedData(weights), {"devices": 2, "strategy": "ddp_spawn"}),
+        ("two", ShardedData(weights), {"devices": 2, "strategy": "ddp_fork"}),
     ):
         trainer = quiet_trainer(default_root_dir=tmp_path / kind, callbacks=[callback], max_steps=1, **settings)
-        trainer.fit(module, train_loader())
+        trainer.fit(FullBatch(), train_loader())
         found.append(read(tmp_path / kind))
     (one, one_arrays), (two, two_arrays) = found
     assert two["meta"]["world_size"] == 2

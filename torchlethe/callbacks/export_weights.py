@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -36,6 +37,6 @@ class ExportWeights(Callback):
             return
         network = getattr(pl_module, self.attribute, pl_module)
         # every rank takes part, as a sharded network is gathered here
-        state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: Any = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if trainer.is_global_zero:
             save_weights(state, Path(trainer.default_root_dir) / self.filename)

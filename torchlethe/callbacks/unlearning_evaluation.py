@@ -72,7 +72,7 @@ class UnlearningEvaluation(Callback):
             average gap.
         divergences: distances to the reference on the forget set: ``kl``, ``js``, ``activation_distance``,
             ``completeness``, ``wasserstein1_confidence``, ``wasserstein1_loss``.
-        on: when to evaluate: ``fit``, ``test`` or both.
+        stages: when to evaluate: at the end of ``fit``, of ``test``, or both.
         filename: name of the JSON file in the Trainer's ``default_root_dir``; the arrays get the suffix ``.npz``.
         loaders: data loaders by set name, at least ``forget``, ``remain`` and ``test``, in place of the datamodule's
             ``evaluation_loaders()``. Batches may be plain ``(image, label)`` tuples and are given to ``forward`` as
@@ -104,14 +104,17 @@ class UnlearningEvaluation(Callback):
         before: bool = True,
         membership: Sequence[str] = HEADLINE_MEMBERSHIP,
         divergences: Sequence[str] = ("kl", "js"),
-        on: Sequence[Literal["fit", "test"]] = ("fit", "test"),
+        stages: Sequence[Literal["fit", "test"]] = ("fit", "test"),
         filename: str = "evaluation.json",
         loaders: dict[str, Any] | None = None,
         seed: int = 0,
         svc_mode: SVCMode = "auto",
         table: bool = True,
     ) -> None:
-        for argument, values, allowed in (("divergences", divergences, DIVERGENCES), ("on", on, ("fit", "test"))):
+        for argument, values, allowed in (
+            ("divergences", divergences, DIVERGENCES),
+            ("stages", stages, ("fit", "test")),
+        ):
             if isinstance(values, str) or any(value not in allowed for value in values):
                 raise ValueError(f"{argument}={values!r} must be a list out of {', '.join(allowed)}.")
         if not filename.endswith(".json"):
@@ -123,7 +126,7 @@ class UnlearningEvaluation(Callback):
         self.before = before
         self.membership = check_membership(membership)
         self.divergences = tuple(divergences)
-        self.on = tuple(on)
+        self.stages = tuple(stages)
         self.filename = filename
         self.loaders = loaders
         self.seed = seed
@@ -140,7 +143,7 @@ class UnlearningEvaluation(Callback):
         if stage == "fit":
             self._before, self._paused = None, None
             self.clock = RuntimeMeter(trainer.strategy.root_device)
-        if stage not in self.on:
+        if stage not in self.stages:
             return
         if self.loaders is None and not hasattr(getattr(trainer, "datamodule", None), "evaluation_loaders"):
             raise ValueError(
@@ -175,7 +178,7 @@ class UnlearningEvaluation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the weights as they come, then start the clock."""
         resumed = trainer.ckpt_path is not None or self._before is not None
-        if self.before and self.original is None and "fit" in self.on and not resumed:
+        if self.before and self.original is None and "fit" in self.stages and not resumed:
             outputs = self._collect(trainer, pl_module, BEFORE)
             if trainer.is_global_zero:
                 self._before = self._summarise(outputs)
@@ -215,12 +218,12 @@ class UnlearningEvaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and evaluate."""
         self.clock.stop()
-        if "fit" in self.on:
+        if "fit" in self.stages:
             self._evaluate(trainer, pl_module, "fit")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate."""
-        if "test" in self.on:
+        if "test" in self.stages:
             self._evaluate(trainer, pl_module, "test")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

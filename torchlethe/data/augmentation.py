@@ -15,7 +15,7 @@ class Augmentation:
     """Random crop, horizontal flip, RandAugment and cutout of uint8 batches, in this order.
 
     Each sample's randomness depends on (seed, epoch, index) only, so that any batch split, number of ranks and resume
-    point gives the same image. Crop and flip are one gather for the whole batch, cutout one masked product; RandAugment
+    point gives the same image. Crop, flip and cutout are a few tensor operations for the whole batch; RandAugment
     (torchvision v2) goes image by image and is some fifty times slower.
 
     Args:
@@ -78,19 +78,25 @@ class Augmentation:
         return self._cut_out(images, bits, on) if self.cutout else images
 
     def _crop_and_flip(self, images: Tensor, bits: Tensor, on: Tensor) -> Tensor:
-        if not (self.crop or self.flip):
-            return images
         batch, channels, height, width = images.shape
-        pad, device = self.crop, images.device
-        # Pixel (i, j) of the output is pixel (i + dy, j' + dx) of the padded image, j' mirrored where flipped.
-        shift = torch.where(on[:, None], bits[:, :2] % (2 * pad + 1), pad)
-        flipped = on & (bits[:, 2] >= 1 << 31) if self.flip else torch.zeros_like(on)
-        column = torch.arange(width, device=device)
-        column = torch.where(flipped[:, None], column.flip(0), column) + shift[:, 1:]
-        row = torch.arange(height, device=device) + shift[:, :1]
-        source = (row[:, :, None] * (width + 2 * pad) + column[:, None, :]).view(batch, 1, -1)
-        padded = F.pad(images, (pad,) * 4) if pad else images
-        return padded.flatten(2).gather(2, source.expand(-1, channels, -1)).view(images.shape)
+        if self.crop:
+            # Every row of every window is a run of `width` bytes of the padded batch: one index_select copies them all.
+            padded = F.pad(images, (self.crop,) * 4)
+            tall, wide = padded.shape[-2:]
+            shift = torch.where(on[:, None], bits[:, :2] % (2 * self.crop + 1), self.crop)
+            corner = (
+                torch.arange(batch, device=images.device) * (channels * tall * wide) + shift[:, 0] * wide + shift[:, 1]
+            )
+            plane = torch.arange(channels, device=images.device)[:, None] * (tall * wide)
+            row = (plane + torch.arange(height, device=images.device) * wide).flatten()
+            runs = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
+            images = runs.index_select(0, (corner[:, None] + row).flatten()).view(images.shape)
+        if self.flip:
+            # Choosing from both versions by index is four times as fast on CPU as `where` with a broadcast mask.
+            mirrored = on & (bits[:, 2] >= 1 << 31)
+            choice = torch.arange(batch, device=images.device) + batch * mirrored
+            images = torch.cat([images, images.flip(-1)]).index_select(0, choice)
+        return images
 
     def _cut_out(self, images: Tensor, bits: Tensor, on: Tensor) -> Tensor:
         height, width = images.shape[-2:]

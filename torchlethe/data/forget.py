@@ -159,8 +159,9 @@ class ForgetIndices(ForgetRequest):
         self.source = source
 
     def __repr__(self) -> str:
-        listed = not isinstance(self.source, (str, Path))
-        return f"ForgetIndices({len(self.source)} indices)" if listed else f"ForgetIndices({str(self.source)!r})"
+        if isinstance(self.source, (str, Path)):
+            return f"ForgetIndices({str(self.source)!r})"
+        return f"ForgetIndices({len(self.source)} indices)"
 
     def indices(self) -> Tensor:
         """Read the indices.

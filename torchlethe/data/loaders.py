@@ -74,7 +74,7 @@ class PositionedLoader(DataLoader[Any]):
             sampler = PositionedSampler(dataset, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         super().__init__(dataset, batch_size, sampler=sampler, drop_last=drop_last, **kwargs)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing starts before the first batch is asked for: Lightning calls `iter` before it
         # calls `set_epoch`.
         sampler = self.sampler

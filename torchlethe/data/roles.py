@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -24,7 +24,10 @@ class Feed:
     ``d % n`` of its pass ``d // n``.
     """
 
-    roles: ClassVar[frozenset[str]] | frozenset[str] = frozenset({"forget", "remain"})
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles it reads."""
+        return frozenset({"forget", "remain"})
 
     def length(self, batches: Mapping[str, int]) -> int:
         """Steps of one loader epoch, given the batches per pass of each role."""
@@ -53,7 +56,7 @@ class Single(Feed):
             raise ValueError(f"role is {self.role!r}, but must be one of {', '.join(ROLES)}.")
 
     @property
-    def roles(self) -> frozenset[str]:  # type: ignore[override]
+    def roles(self) -> frozenset[str]:
         """The one role."""
         return frozenset({self.role})
 

@@ -20,16 +20,25 @@ from torchlethe.data.images import ImageDataset, InMemoryImages
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 
 
-def _decode_fast(source: bytes, channels: int) -> Tensor | None:
-    """Torchvision's decoder, which takes a third of PIL's time for small images; None if it fails."""
-    from torchvision.io import ImageReadMode, decode_image
-
+def _pixels(source: bytes | str | Path, size: int | None, resize: int | None, channels: int) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8."""
+    mode, short = "L" if channels == 1 else "RGB", resize or size
     try:
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        image = decode_image(torch.frombuffer(bytearray(source), dtype=torch.uint8), mode)
-    except RuntimeError:
-        return None
-    return image if image.dtype is torch.uint8 else None
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if size is None:
+                return np.array(image if image.mode == mode else image.convert(mode))
+            assert short is not None
+            image.draft(mode, (short, short))  # JPEG: decode no more pixels than are needed
+            whole = image.convert(mode)
+    except (OSError, SyntaxError) as error:
+        name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+        raise ValueError(f"image {name} cannot be decoded: {error}.") from error
+    scale = short / min(whole.size)
+    wide, high = (max(size, round(side * scale)) for side in whole.size)
+    if (wide, high) != whole.size:
+        whole = whole.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return np.array(whole.crop((left, top, left + size, top + size)))
 
 
 def decode(source: bytes | str | Path, size: int | None = None, resize: int | None = None, channels: int = 3) -> Tensor:
@@ -47,26 +56,7 @@ def decode(source: bytes | str | Path, size: int | None = None, resize: int | No
     Raises:
         ValueError: If the image cannot be read.
     """
-    if size is None and isinstance(source, bytes) and (image := _decode_fast(source, channels)) is not None:
-        return image
-    name = str(source) if isinstance(source, (str, Path)) else f"{len(source)} bytes"
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            mode = "L" if channels == 1 else "RGB"
-            short = resize or size
-            if short:
-                image.draft(mode, (short, short))  # JPEG: decode no more pixels than are needed
-            image = image.convert(mode)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {name} cannot be decoded: {error}.") from error
-    if size is not None and short:
-        scale = short / min(image.size)
-        wide, high = (max(size, round(side * scale)) for side in image.size)
-        if (wide, high) != image.size:
-            image = image.resize((wide, high), Image.Resampling.BICUBIC)
-        left, top = (wide - size) // 2, (high - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image))
+    pixels = torch.from_numpy(_pixels(source, size, resize, channels))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
@@ -98,11 +88,14 @@ class DecodedImages(ImageDataset):
 
     @override
     def read(self, rows: Tensor) -> Tensor:
-        images = [decode(source, self.size, self.resize, self.channels) for source in self.sources(rows)]
-        if odd := [image for image in images if image.shape != images[0].shape]:
-            shapes = f"{tuple(images[0].shape[1:])} and {tuple(odd[0].shape[1:])}"
-            raise ValueError(f"image_size is None, but the images have different sizes ({shapes}); set image_size.")
-        return torch.stack(images)
+        images = [_pixels(source, self.size, self.resize, self.channels) for source in self.sources(rows)]
+        if odd := [image.shape for image in images if image.shape != images[0].shape]:
+            raise ValueError(
+                f"image_size is None, but the images have different sizes ({images[0].shape[:2]} and {odd[0][:2]}); "
+                "set image_size."
+            )
+        pixels = torch.from_numpy(np.stack(images))
+        return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
 
     def in_memory(self, cache_dir: str | Path | None = None, threads: int | None = None) -> InMemoryImages:
         """Decode everything once.

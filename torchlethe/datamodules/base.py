@@ -119,9 +119,7 @@ class ImageDataModule(LightningDataModule):
     @property
     def classes(self) -> list[str]:
         """Names of the classes."""
-        if self.test_set is None:
-            raise RuntimeError("classes is known after `setup()`, which was not called yet.")
-        return self.test_set.classes
+        return self._ready(self.test_set).classes
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split, once; every stage gets all sets, since unlearning is judged on all of them."""
@@ -151,6 +149,12 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"drop_classes is {self.drop_classes}, but some class must be left.")
         return kept
 
+    @staticmethod
+    def _ready(dataset: ImageDataset | None) -> ImageDataset:
+        if dataset is None:
+            raise RuntimeError("data is loaded by `setup()`, which was not called yet.")
+        return dataset
+
     def eval_loader(self, dataset: ImageDataset) -> PositionedLoader:
         """A loader in stored order, without augmentation, for any data set of this module."""
         return PositionedLoader(dataset, batch_size=self.eval_batch_size, **loader_settings(self, self.num_workers))
@@ -158,7 +162,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> PositionedLoader:
         """Shuffled training batches, which know their position."""
         return PositionedLoader(
-            self.train_set,
+            self._ready(self.train_set),
             batch_size=self.batch_size,
             shuffle=True,
             seed=self.seed,
@@ -172,11 +176,11 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> PositionedLoader:
         """Test batches."""
-        return self.eval_loader(self.test_set)
+        return self.eval_loader(self._ready(self.test_set))
 
     def predict_dataloader(self) -> PositionedLoader:
         """Test batches."""
-        return self.eval_loader(self.test_set)
+        return self.eval_loader(self._ready(self.test_set))
 
     def prepare_batch(
         self, batch: Any, device: torch.device | str | None = None, augment: bool = False, seed: int | None = None

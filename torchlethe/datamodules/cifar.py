@@ -34,7 +34,7 @@ class _TorchvisionDataModule(ImageDataModule):
         """Download in one process, where asked to."""
         if self.download:
             for split in ("train", "test"):
-                self.load(split)  # type: ignore[arg-type]
+                self.load(split)
 
 
 class CIFAR10DataModule(_TorchvisionDataModule):

@@ -52,7 +52,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def files(self, split: Split) -> ImageFiles:
         """Find the images of a split."""
-        size = {"size": self.image_size, "resize": self.resize}
+        size: dict[str, Any] = {"size": self.image_size, "resize": self.resize}
         if split == "train":
             return ImageFiles.from_folder(self.root / self.train_folder, **size)
         return ImageFiles.from_folder(self.root / self.test_folder, self._names, **size)

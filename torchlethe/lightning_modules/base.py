@@ -46,11 +46,10 @@ class ClassificationModule(LightningModule):
         self.num_classes = num_classes
         if weights is not None:
             load_weights(network, weights)
-        kinds = {"num_classes": num_classes, "ignore_index": PADDING_LABEL}
         metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(average="micro", **kinds),
-                "calibration_error": MulticlassCalibrationError(**kinds),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=PADDING_LABEL),
+                "calibration_error": MulticlassCalibrationError(num_classes, ignore_index=PADDING_LABEL),
             }
         )
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
@@ -128,7 +127,7 @@ class ClassificationModule(LightningModule):
         metrics.update(logits, labels)
         mean_loss.update(losses, (labels != PADDING_LABEL).to(losses.dtype))
         self.log(name, mean_loss, prog_bar=True, batch_size=len(labels))
-        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))  # type: ignore[arg-type]
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
 
 def _is_plain(value: Any) -> bool:

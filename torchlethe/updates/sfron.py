@@ -184,7 +184,8 @@ class SFRonUpdate(UpdateRule):
         backward(-self.alpha * strength * weighted)
         moved = {name: p for name, p in self.parameters.items() if p.grad is not None}
         if self.mask:
-            torch._foreach_mul_([p.grad for p in moved.values()], self.mask.select(moved))
+            gradients: Any = [p.grad for p in moved.values()]
+            torch._foreach_mul_(gradients, self.mask.select(moved))
         norm = nn.utils.clip_grad_norm_(moved.values(), self.clip)
         with self.mask.held(moved, optimizer) if self.mask and self.strict_mask else nullcontext():
             optimizer.step()

@@ -27,7 +27,7 @@ class StepCounter(torch.optim.Optimizer):
     def __init__(self) -> None:
         super().__init__([torch.zeros(())], {"lr": 0.0})
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Run the closure, when there is one."""
         return closure() if closure is not None else None
 
@@ -118,10 +118,10 @@ class UnlearningModule(ClassificationModule):
 
     def _preparation_loaders(self) -> dict[str, Iterable[Any]]:
         """A loader for each role that the rule reads, on the device, in order and without augmentation."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "role_loader"):
             return {role: _Transferred(datamodule.role_loader(role), self.trainer) for role in self.reads}
-        loaders = self.trainer.train_dataloader
+        loaders: Any = self.trainer.train_dataloader
         if isinstance(loaders, dict):
             missing = sorted(self.reads - loaders.keys())
             if missing:
@@ -141,7 +141,7 @@ class UnlearningModule(ClassificationModule):
             loss, logs = self.update.loss(self.network, batch, self.global_step)
         else:
             loss, logs = None, self.update.step(self.network, batch, self.global_step, self.manual_backward)
-            self.optimizers()[0].step()  # type: ignore[index, union-attr]
+            self.optimizers()[0].step()  # type: ignore[index]
         self.log_dict(logs, prog_bar=True, batch_size=1)
         return loss
 

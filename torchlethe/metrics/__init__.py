@@ -1,0 +1,42 @@
+"""Torchmetrics for unlearning: thin shells over :mod:`torchlethe.functional`, correct under DDP and padding."""
+
+from torchlethe.metrics.accuracy import RoleAccuracy
+from torchlethe.metrics.definitions import METRIC_DEFINITIONS, MetricDefinition, define_metric
+from torchlethe.metrics.divergence import (
+    ActivationDistance,
+    Completeness,
+    DivergenceToReference,
+    Wasserstein1,
+    ZeroRetrainForgetting,
+)
+from torchlethe.metrics.membership import (
+    BadTeacherMembership,
+    MembershipLogistic,
+    MembershipSVC,
+    MembershipThreshold,
+    SimpleMembership,
+)
+from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
+from torchlethe.metrics.support_vectors import simple_membership, svc_membership
+
+__all__ = [
+    "METRIC_DEFINITIONS",
+    "ActivationDistance",
+    "AverageGap",
+    "BadTeacherMembership",
+    "Completeness",
+    "DivergenceToReference",
+    "MembershipLogistic",
+    "MembershipSVC",
+    "MembershipThreshold",
+    "MetricDefinition",
+    "RoleAccuracy",
+    "RuntimeMeter",
+    "SimpleMembership",
+    "TugOfWar",
+    "Wasserstein1",
+    "ZeroRetrainForgetting",
+    "define_metric",
+    "simple_membership",
+    "svc_membership",
+]
