@@ -1,9 +1,12 @@
 """Unlearning under Lightning is the plain update rule, reads what it declares, and forgets."""
 
 import copy
+import csv
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import (
@@ -41,14 +44,11 @@ def test_the_module_is_the_plain_rule():
 
 
 def test_retrain_never_reads_the_forget_set_and_fine_tune_neither():
-    class Watched(list):
-        pass
-
     data = forgetful_digits()
     data.setup()
     forgotten = set(data.role_set("forget").indices.tolist())
     for module in (Retrain(small_network(), 10, sgd()), FineTune(small_network(), 10)):
-        seen = Watched()
+        seen: list[int] = []
         step = module.training_step
         module.training_step = lambda batch, batch_idx, step=step, seen=seen: (
             seen.extend(batch["index"].tolist()) or step(batch, batch_idx)
@@ -56,6 +56,21 @@ def test_retrain_never_reads_the_forget_set_and_fine_tune_neither():
         quiet_trainer(max_epochs=1).fit(module, datamodule=data)
         assert set(seen) == set(data.role_set("remain").indices.tolist())
         assert not forgotten & set(seen)
+
+
+def test_the_split_is_logged(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = quiet_trainer(logger=logger, max_epochs=1, log_every_n_steps=1)
+    trainer.fit(SFRon(small_network(), 10, steps=4, cosine_every=1, forget_every=2), datamodule=forgetful_digits())
+    written = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert written["split_forget"] == 120
+    assert written["split_hash"] == trainer.datamodule.split.hash
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["remain_loss"]]
+    assert len(rows) == 4
+    assert all(-1 <= float(row["gradient_cosine"]) <= 1 for row in rows[::2])
+    assert float(rows[0]["lr"]) == pytest.approx(0.01)
+    assert float(rows[2]["alpha"]) == pytest.approx(12.5)
 
 
 def test_plain_loaders_by_role_need_no_datamodule():

@@ -44,9 +44,9 @@ class AdaptiveForgetLoss(nn.Module):
         coefficients = forget_coefficients(losses, self.lam, self.floor)
         return coefficients / all_reduce_sum(coefficients.sum())
 
-    def forward(self, losses: Tensor) -> Tensor:
-        """Weigh per-sample losses, shape ``(B,)``, into a scalar."""
-        return world_size() * (self.weights(losses) * losses).sum()
+    def forward(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Weigh per-sample losses, shape ``(B,)``, into a scalar; :meth:`weights` may be passed where it is at hand."""
+        return world_size() * ((self.weights(losses) if weights is None else weights) * losses).sum()
 
     def extra_repr(self) -> str:
         """The arguments, as printed with the module."""

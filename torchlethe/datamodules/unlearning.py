@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -122,6 +123,16 @@ class UnlearningDataModule(LightningDataModule):
         self._sets["forget"] = self._sets["train"].subset(split.forget)
         self._sets["remain"] = self._sets["train"].subset(split.remain)
         self.split = split
+        self._log(split)
+
+    def _log(self, split: ForgetSplit) -> None:
+        found = split.describe()
+        rank_zero_info(
+            f"UnlearningDataModule: {found['request']} forgets {found['forget']} images, {found['remain']} remain, "
+            f"split {found['hash'][:12]}."
+        )
+        for logger in self.trainer.loggers if self.trainer is not None else []:
+            logger.log_hyperparams({f"split_{name}": value for name, value in found.items()})
 
     def _foreign_sets(self) -> dict[str, ImageDataset | None]:
         loaders = {}

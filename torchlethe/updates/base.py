@@ -66,7 +66,9 @@ class UpdateRule(ABC):
         return {}
 
     @abstractmethod
-    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+    def step(
+        self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
+    ) -> dict[str, Tensor | float]:
         """Change the network by one training batch.
 
         Args:
@@ -76,7 +78,7 @@ class UpdateRule(ABC):
             backward: how to backpropagate (a Trainer passes its own).
 
         Returns:
-            Detached scalars worth logging, on the device.
+            Scalars worth logging: detached tensors on the device, or plain numbers.
         """
 
     def finish(self, network: nn.Module) -> None:  # noqa: B027 (optional)
@@ -110,10 +112,12 @@ class LossUpdate(UpdateRule):
         return self.optimizers
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The scalar to minimise on this batch, and detached scalars worth logging."""
 
-    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+    def step(
+        self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
+    ) -> dict[str, Tensor | float]:
         """Minimise :meth:`loss` by one optimizer step."""
         (optimizer,) = self.optimizers
         optimizer.zero_grad(set_to_none=True)

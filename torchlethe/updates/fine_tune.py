@@ -21,7 +21,7 @@ class FineTuneUpdate(LossUpdate):
         super().__init__(optimizer)
         self.feed = Single("remain")
 
-    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean cross-entropy of the batch."""
         loss = cross_entropy(network, batch)
         return loss, {"remain_loss": loss.detach()}

@@ -62,6 +62,7 @@ class SFRonUpdate(UpdateRule):
         slow_beta: share of the new weights in the slow update; 1 switches it off.
         slow_every: pull after each ``step``, or once a ``cycle`` of ``forget_every`` iterations.
         bn_forget: whether BatchNorm uses (and updates) its statistics from forget batches: ``train`` or ``eval``.
+        cosine_every: log the cosine between forgetting and repair gradient every so many forgetting steps; 0 never.
 
     Raises:
         ValueError: an argument is out of range.
@@ -87,6 +88,7 @@ class SFRonUpdate(UpdateRule):
         slow_beta: float = 1.0,
         slow_every: Literal["step", "cycle"] = "step",
         bn_forget: Literal["train", "eval"] = "train",
+        cosine_every: int = 0,
     ) -> None:
         for name, value in {"steps": steps, "forget_every": forget_every}.items():
             if value < 1:
@@ -125,6 +127,7 @@ class SFRonUpdate(UpdateRule):
         self.slow_beta = slow_beta
         self.slow_period = 1 if slow_every == "step" else forget_every
         self.bn_forget = bn_forget
+        self.cosine_every = cosine_every
         self.feed = Interleaved(every=forget_every, steps=steps)
         self.mask: SaliencyMask | None = None
         self.clipped_steps: Tensor | None = None
@@ -154,17 +157,29 @@ class SFRonUpdate(UpdateRule):
             warnings.warn(f"the saliency mask keeps {kept:.1%} of the weights; {advice}.", stacklevel=2)
         return super().prepare(network, loaders) | {"mask_kept_fraction": kept}
 
-    def step(self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward) -> dict[str, Tensor]:
+    def step(
+        self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
+    ) -> dict[str, Tensor | float]:
         """One iteration: a forgetting step when it is due, a repair step, the slow update."""
         progress = k / self.steps
-        logs: dict[str, Tensor] = {}
         self._set_learning_rates(progress)
+        logs: dict[str, Tensor | float] = {"lr": self.optimizers[0].param_groups[0]["lr"]}
+        forget_gradients: list[Tensor] = []
         if k % self.forget_every == 0:
             logs |= self._forget(network, batch["forget"], forget_schedule(self.schedule, progress), backward)
+            if self.cosine_every and k % (self.cosine_every * self.forget_every) == 0:
+                forget_gradients = self._gradients()
         logs |= self._repair(network, batch["remain"], backward)
+        if forget_gradients:
+            logs["gradient_cosine"] = nn.functional.cosine_similarity(
+                torch.cat(forget_gradients), torch.cat(self._gradients()), dim=0
+            )
         if (k + 1) % self.slow_period == 0 or k + 1 == self.steps:
             self.slow.pull()
         return logs
+
+    def _gradients(self) -> list[Tensor]:
+        return [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters.values()]
 
     def _set_learning_rates(self, progress: float) -> None:
         if self.lr_schedule == "constant":
@@ -174,13 +189,14 @@ class SFRonUpdate(UpdateRule):
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
-    def _forget(self, network: nn.Module, batch: Any, strength: float, backward: Backward) -> dict[str, Tensor]:
+    def _forget(self, network: nn.Module, batch: Any, strength: float, backward: Backward) -> dict[str, Tensor | float]:
         optimizer = self.optimizers[-1]
         optimizer.zero_grad(set_to_none=True)
         with batch_norm_in_eval(network) if self.bn_forget == "eval" else nullcontext():
             logits, labels = logits_and_labels(network, batch)
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        weighted = self.forget_loss(losses)
+        weights = self.forget_loss.weights(losses)
+        weighted = self.forget_loss(losses, weights)
         backward(-self.alpha * strength * weighted)
         moved = {name: p for name, p in self.parameters.items() if p.grad is not None}
         if self.mask:
@@ -195,13 +211,14 @@ class SFRonUpdate(UpdateRule):
             return {
                 "forget_loss": losses.detach().mean(),
                 "forget_loss_weighted": weighted.detach(),
-                "forget_weight_entropy": weight_entropy(self.forget_loss.weights(losses)),
+                "forget_weight_entropy": weight_entropy(weights),
                 "forget_misclassified": (logits.argmax(1) != labels).float().mean(),
                 "forget_gradient_norm": norm.detach(),
                 "forget_clip_ratio": (self.clip / (norm.detach() + 1e-6)).clamp(max=1.0),
+                "alpha": self.alpha * strength,
             }
 
-    def _repair(self, network: nn.Module, batch: Any, backward: Backward) -> dict[str, Tensor]:
+    def _repair(self, network: nn.Module, batch: Any, backward: Backward) -> dict[str, Tensor | float]:
         optimizer = self.optimizers[0]
         optimizer.zero_grad(set_to_none=True)
         loss = cross_entropy(network, batch)

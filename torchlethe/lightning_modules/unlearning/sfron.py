@@ -46,6 +46,7 @@ class SFRon(UnlearningModule):
         slow_beta: share of the new weights in the slow update, in [0, 1]; 1 switches it off, as published.
         slow_every: slow update after each ``step``, or once a ``cycle`` of ``forget_every`` iterations.
         bn_forget: whether BatchNorm uses (and updates) statistics of forget batches: ``train`` or ``eval``.
+        cosine_every: log the cosine between forgetting and repair gradient every so many forgetting steps; 0 never.
 
     Raises:
         ValueError: an argument is out of range, or the precision is fp16.
@@ -84,6 +85,7 @@ class SFRon(UnlearningModule):
         slow_beta: float = 1.0,
         slow_every: Literal["step", "cycle"] = "step",
         bn_forget: Literal["train", "eval"] = "train",
+        cosine_every: int = 0,
     ) -> None:
         update = SFRonUpdate(
             steps=steps,
@@ -104,5 +106,6 @@ class SFRon(UnlearningModule):
             slow_beta=slow_beta,
             slow_every=slow_every,
             bn_forget=bn_forget,
+            cosine_every=cosine_every,
         )
         super().__init__(network, num_classes, update, weights)
