@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -172,6 +173,8 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> PositionedLoader | list[Any]:
         """Validation batches; an empty list where nothing was held out."""
+        # Lightning suspects a mistake in an empty list; here it is how validation is left out
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return [] if self.validation_set is None else self.eval_loader(self.validation_set)
 
     def test_dataloader(self) -> PositionedLoader:

@@ -73,6 +73,10 @@ class UnlearningModule(ClassificationModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.automatic_optimization = isinstance(update, LossUpdate)
+        if not self.automatic_optimization:
+            # the run ends by its own steps; and the state after a step is the one to resume from
+            for message in ("`max_epochs` was not set", "Using ModelCheckpoint with manual optimization"):
+                warnings.filterwarnings("ignore", message=message)
         self.original_hash = file_hash(weights) if weights is not None else None
         self.prepare_seconds = 0.0
         self._restored: dict[str, Any] | None = None
@@ -90,8 +94,6 @@ class UnlearningModule(ClassificationModule):
     def setup(self, stage: str) -> None:
         """Check network and data; manual optimization refuses fp16, whose range the forgetting strength exceeds."""
         super().setup(stage)
-        # ModelCheckpoint warns that it saves the state after the step, which is the one to resume from
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if not self.automatic_optimization and str(self.trainer.precision).startswith("16"):
             raise ValueError(
                 f"precision is {self.trainer.precision}, {type(self).__name__} needs bf16-mixed, bf16-true, 32 or 64."

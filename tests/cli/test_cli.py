@@ -1,0 +1,238 @@
+"""The command as a user meets it."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from torchlethe import __version__
+from torchlethe._cli.catalog import KINDS, entries, find_config, first_sentence
+from torchlethe._cli.errors import explain
+from torchlethe.cli import COMMANDS, main
+
+FIT = shlex.split(
+    "fit --model Classifier --model.network SmallCNN --model.num_classes 10 --data DigitsDataModule"
+    " --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
+)
+DRY = ["--trainer.fast_dev_run", "true"]
+
+
+def words(text):
+    return [*FIT, *DRY, *shlex.split(text)]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LETHE_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A short run of Classifier with label smoothing."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ["--model.label_smoothing=0.1", "--trainer.max_steps=2", "--trainer.logger=false"]
+    assert main([*FIT, *options, f"--trainer.default_root_dir={folder}"]) == 0
+    return next((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_version_help_and_list_need_no_torch():
+    code = (
+        "import sys; from torchlethe.cli import main;"
+        "codes = [main([w]) for w in ('--version', '--help', 'list')];"
+        "sys.exit(codes != [0, 0, 0] or 'torch' in sys.modules or 'lightning' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(f"lethe {__version__}\n")
+    for command in COMMANDS:
+        assert f"\n  {command} " in found.stdout
+    for name in ("SFRon", "DigitsDataModule", "UnlearningEvaluation", "resnet18", "digits/study.yaml"):
+        assert name in found.stdout
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "optimizers"])
+def test_everything_listed_has_a_sentence(kind):
+    found = entries(kind)
+    assert found
+    assert [entry.name for entry in found if not entry.summary] == []
+
+
+def test_shipped_configurations_are_found_by_their_listed_name(tmp_path):
+    for name in ("digits/study.yaml", "configs/digits/study.yaml"):
+        assert find_config(name).endswith("configs/digits/study.yaml")
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "study.yaml").write_text("")
+    assert find_config("digits/study.yaml") == "digits/study.yaml"
+    assert find_config("absent.yaml") == "absent.yaml"
+
+
+def test_first_sentence_reads_roles_as_text():
+    assert first_sentence("A :class:`~a.b.Thing` of ``x``: more.\nSecond.") == "A Thing of x: more."
+
+
+ERRORS = {
+    "tset": ["unknown command 'tset'", "did you mean 'test'"],
+    "train": ["unknown command 'train'", "allowed are fit"],
+    "list modles": ["'modles'", "modules"],
+    "fit": ["--model"],
+    "fit --model Clasifier": ["'Clasifier'", "did you mean 'Classifier'"],
+    "fit --model Classifier": ["Classifier needs network, num_classes"],
+    "fit --model Classifier --model.netwrk MLP": ["--model.netwrk", "did you mean 'network'"],
+    "fit --model.alpha 3 --model SFRon": ["'model.alpha' is given before its class"],
+    "fit --config absent.yaml": ["absent.yaml"],
+    "fit --config key.yaml": ["unknown key 'modle'", "did you mean 'model'"],
+    "fit --config trainer.yaml --model Classifier --model.network SmallCNN --model.num_classes 10": [
+        "unknown key 'trainer.max_epoch'",
+        "did you mean 'trainer.max_epochs'",
+    ],
+    "fit --config inner.yaml": ["--model.netwrk", "did you mean 'network'"],
+    "fit --config broken.yaml": ["line 2"],
+    "DRY --trainer.max_epoch 3": ["--trainer.max_epoch;", "did you mean 'trainer.max_epochs'"],
+    "DRY --trainer.max_epochs three": ["--trainer.max_epochs", "three", "int"],
+    "DRY --trainer.accelerator gpuu": ["gpuu", "cuda"],
+    "DRY --data.batch_sise 3": ["--data.batch_sise", "did you mean 'batch_size'"],
+    "DRY --data.batch_size three": ["--data.batch_size", "three", "int"],
+    "DRY --data.batch_size 0": ["batch_size is 0"],
+    "DRY --data.image_size 16": ["--data.image_size", "8, 32", "16"],
+    "DRY --model.network.num_classes 4": ["head has 4", "num_classes is 10"],
+    "DRY --model.network.in_channels 3": ["in_channels=3"],
+    "DRY --model.weights absent.pt": ["absent.pt"],
+    "DRY --model.optimizer torch.optim.SGD --model.optimizer.momentm 1": ["SGD has no argument 'momentm'", "momentum"],
+    "DRY --trainer.callbacks+=UnlearningEvalution": ["did you mean 'UnlearningEvaluation'"],
+    "DRY --trainer.callbacks+=UnlearningEvaluation": ["has no data", "UnlearningDataModule"],
+    "DRY --trainer.callbacks+=EarlyStopping": ["EarlyStopping needs monitor"],
+    "DRY --ckpt_path absent.ckpt": ["absent.ckpt"],
+    "DRY --ckpt_path damaged.ckpt": ["damaged.ckpt", "refused"],
+    "DRY --ckpt_path plain.ckpt": ["plain.ckpt", "no Lightning checkpoint"],
+    "DRY --data UnlearningDataModule": ["UnlearningDataModule needs data, forget"],
+    "FORGET ForgetClasses --data.forget.classes [12]": ["classes contains 12"],
+    "FORGET ForgetClasses --data.forget.classes []": ["classes is empty"],
+    "FORGET ForgetIndices --data.forget.source absent.npy": ["absent.npy"],
+    "FORGET ForgetFraction --data.forget.fraction 0": ["fraction is 0"],
+    "DRY --model SFRon --model.alpha -3": ["alpha is -3"],
+    "study absent.yaml": ["absent.yaml"],
+    "study": ["FILE.yaml"],
+    "study digits/study.yaml --force sfrn": ["'sfrn'", "did you mean 'sfron'"],
+}
+
+
+@pytest.mark.parametrize(("line", "parts"), ERRORS.items(), ids=ERRORS)
+def test_an_error_is_one_sentence_with_the_key(line, parts, tmp_path, capfd):
+    (tmp_path / "key.yaml").write_text("modle: {class_path: Classifier}\n")
+    (tmp_path / "trainer.yaml").write_text("trainer: {max_epoch: 3}\n")
+    (tmp_path / "inner.yaml").write_text("model: {class_path: Classifier, init_args: {netwrk: MLP}}\n")
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    (tmp_path / "damaged.ckpt").write_bytes(b"hello")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "plain.ckpt")
+    line = line.replace("FORGET", "DRY --data UnlearningDataModule --data.data DigitsDataModule --data.forget")
+    assert main(words(line[3:]) if line.startswith("DRY") else shlex.split(line)) == 2
+    lines = [text for text in capfd.readouterr().err.splitlines() if text.startswith("lethe")]
+    assert len(lines) == 1, lines
+    assert ": error: " in lines[0]
+    assert len(lines[0]) < 320
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match=r"weights 'absent.pt' do not exist"):
+        main([*words("--model.weights absent.pt"), "--debug"])
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    def broken(words):
+        raise KeyError("defect")
+
+    monkeypatch.setattr("torchlethe._cli.catalog.show", broken)
+    with pytest.raises(KeyError, match="defect"):
+        main(["list"])
+
+
+def test_errors_of_other_libraries_name_their_place():
+    try:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    except RuntimeError as error:
+        text = explain(error)
+    assert "RuntimeError in test_cli.py:" in text
+    assert "--debug" in text
+
+
+def test_print_config_round_trips(tmp_path, capsys):
+    options = [*FIT, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.003", "--data.batch_size", "7"]
+    options += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+    assert main([*options, "--print_config"]) == 0
+    first = capsys.readouterr().out
+    assert yaml.safe_load(first)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.003
+    (tmp_path / "saved.yaml").write_text(first)
+    assert main(["fit", "--config", "saved.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_run_can_be_repeated_and_leaves_its_files(tmp_path):
+    options = ["--trainer.max_steps=1", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    for _ in range(2):
+        assert main([*FIT, *options]) == 0
+    assert (tmp_path / "weights.safetensors").is_file()
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["seed_everything"] == 0
+    assert saved["model"]["class_path"] == "torchlethe.lightning_modules.Classifier"
+
+
+def test_a_typed_argument_is_never_dropped(capfd):
+    line = "--model.optimizer SGD --model.optimizer.momentum 0.9 --model.optimizer Adam"
+    assert main(words(line)) == 2
+    assert "'momentum' would be dropped" in capfd.readouterr().err
+
+
+def test_an_argument_of_a_file_is_dropped_with_a_note(tmp_path, capfd):
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "Classifier", "init_args": {"optimizer": optimizer}}})
+    )
+    options = [word for word in FIT[1:] if word not in ("--model", "Classifier")]
+    assert main(["fit", "--config", "base.yaml", *options, *DRY, "--model.optimizer", "AdamW"]) == 0
+    error = capfd.readouterr().err
+    assert error.count("note: the class changes from SGD to AdamW, which has no argument 'momentum'") == 1
+    assert "dampening" not in error  # a default that nobody set
+
+
+def test_checkpoint_hyperparameters_are_plain_and_win_with_a_note(checkpoint, capfd):
+    stored = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert stored["label_smoothing"] == 0.1
+    assert stored["network"]["class_path"] == "torchlethe.models.SmallCNN"
+    command = ["test", *FIT[1:], *DRY, f"--ckpt_path={checkpoint}"]
+    assert main(command) == 0
+    assert "note: model.label_smoothing is 0.1 from" in capfd.readouterr().err
+    assert main([*command, "--model.label_smoothing=0.2"]) == 0
+    error = capfd.readouterr().err
+    assert "model.label_smoothing is 0.2 as typed" in error
+    assert "was trained with 0.1" in error
+
+
+def test_checkpoint_of_another_class_is_refused(checkpoint, capfd):
+    command = [word if word != "Classifier" else "Retrain" for word in FIT[1:]]
+    assert main(["test", *command, *DRY, f"--ckpt_path={checkpoint}"]) == 2
+    assert "holds a Classifier, but the model is a Retrain" in capfd.readouterr().err
+
+
+def test_unknown_stored_hyperparameters_are_named(checkpoint, tmp_path, capfd):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["retired"] = 3
+    torch.save(content, tmp_path / "old.ckpt")
+    assert main(["test", *FIT[1:], *DRY, "--model.label_smoothing=0.1", "--ckpt_path=old.ckpt"]) == 0
+    assert "stores the hyper-parameter 'retired', which Classifier does not have" in capfd.readouterr().err
+
+
+def test_checkpoint_that_executes_code_is_refused(tmp_path, capfd):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"state_dict": {}, "hyper_parameters": Evil()}, tmp_path / "evil.ckpt")
+    assert main(words("--ckpt_path evil.ckpt")) == 2
+    assert "could execute code" in capfd.readouterr().err
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,145 @@
+"""Every shipped configuration: found, explained by its first lines, parsed and run."""
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from torchlethe._cli.catalog import configs_folder
+from torchlethe.cli import main
+from torchlethe.io import save_weights
+from torchlethe.models import SmallCNN, normalized, resnet8, resnet18, torchvision_network
+from torchlethe.study import load_study, plan_jobs
+
+CONFIGS = configs_folder()
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+STUDIES = sorted(CONFIGS.rglob("study.yaml"))
+STAND_IN = "shufflenet_v2_x0_5"  # Swin-T runs once; where weights are loaded, a smaller network takes its place
+CPU = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The command lines in a file's first comment."""
+    comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+    return [shlex.split(line)[1:] for line in comment if line.startswith("lethe ")]
+
+
+LINES = sorted({tuple(words) for path in FILES for words in commands(path) if words[0] != "study"})
+
+
+def picture(rng: np.random.Generator, size: int, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """By configuration folder: the overrides that point at generated data, and weights of the right shape."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    cifar = root / "cifar10"
+    cifar.mkdir()
+    for split, count in (("train", 40), ("test", 20)):
+        images = [{"bytes": picture(rng, 32, "PNG"), "path": None} for _ in range(count)]
+        table = pa.table({"img": images, "label": [number % 10 for number in range(count)]})
+        pq.write_table(table, cifar / f"{split}-00000-of-00001.parquet")
+
+    tiny = root / "tiny-imagenet-200"
+    (tiny / "val" / "images").mkdir(parents=True)
+    lines = []
+    for number in range(200):
+        name = f"n{number:08d}"
+        folder = tiny / "train" / name / "images"
+        folder.mkdir(parents=True)
+        (folder / f"{name}_0.JPEG").write_bytes(picture(rng, 16, "JPEG"))
+        if number < 20:
+            (tiny / "val" / "images" / f"val_{number}.JPEG").write_bytes(picture(rng, 16, "JPEG"))
+            lines.append(f"val_{number}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (tiny / "val" / "val_annotations.txt").write_text("".join(lines))
+
+    networks = {
+        "digits": SmallCNN(),
+        "cifar10": normalized(resnet18(), "cifar10"),
+        "cifar10_small": normalized(resnet8(), "cifar10"),
+        "tiny_imagenet": normalized(torchvision_network(STAND_IN, 200), "imagenet"),
+    }
+    for name, network in networks.items():
+        save_weights(network, root / f"{name}.safetensors")
+    overrides = {
+        "digits": {},
+        "cifar10": {"root": cifar, "download": "false", "batch_size": 8},
+        "cifar10_small": {"path": cifar, "subset": 20, "batch_size": 8},
+        "tiny_imagenet": {"root": tiny, "image_size": 16, "input_size": 32, "batch_size": 50},
+    }
+    return {name: (values, root / f"{name}.safetensors") for name, values in overrides.items()}
+
+
+def run(name, command, words, small, weights, folder):
+    """Run a command line with small data; the names of the data's arguments depend on whether it is wrapped."""
+    values, _ = small[name]
+    data = "--data.init_args.data.init_args" if any("forget_" in word for word in words) else "--data.init_args"
+    words = [*words, *CPU, *(f"{data}.{key}={value}" for key, value in values.items())]
+    words += [f"--trainer.default_root_dir={folder}", f"--model.init_args.weights={weights}"] if weights else []
+    if name == "tiny_imagenet":
+        network = "--model.init_args.network.init_args.network.init_args"
+        words += [f"{network}.pretrained=false", *([f"{network}.name={STAND_IN}"] if weights else [])]
+    return main([command, *words])
+
+
+def test_first_line_says_what_a_file_is():
+    assert FILES
+    for path in FILES:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# "), path
+        assert first.endswith((".", ":")) or ". " in first or ": " in first, path
+        assert re.search(r"# (lethe |.*[Pp]art of )", path.read_text()), f"{path} does not say how to run it"
+
+
+def test_every_file_is_used():
+    used = {CONFIGS.parent / word for path in FILES for words in commands(path) for word in words if ".yaml" in word}
+    for path in FILES:
+        for name in re.findall(r"[\w./]+\.yaml", "\n".join(x for x in path.read_text().splitlines() if x[:1] != "#")):
+            assert (path.parent / name).is_file(), f"{path} names {name}"
+            used.add(path.parent / name)
+    assert set(FILES) == used
+
+
+@pytest.mark.parametrize("words", LINES, ids=lambda words: " ".join(Path(w).stem for w in words if ".yaml" in w))
+def test_command_in_a_comment_runs(words, small, tmp_path, capfd):
+    name = next(Path(word).parent.name for word in words if ".yaml" in word)
+    weights = small[name][1] if "--model.weights" in words else None
+    words = [word for word in words if word not in ("--model.weights", "weights.safetensors")]
+    assert run(name, words[0], words[1:], small, weights, tmp_path) == 0
+    assert "dropped" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_study_is_sound(path, small, tmp_path, capsys):
+    study = load_study(path)
+    assert study.reference
+    assert study.original
+    jobs = [job for job in plan_jobs(study, tmp_path) if job.seed == study.seeds[0]]
+    assert {job.stage.name for job in jobs} == set(study.stages)
+    for job in jobs:
+        assert main([job.stage.command, *job.words, "--print_config"]) == 0
+        output = capsys.readouterr()
+        assert "dropped" not in output.err
+        assert f"default_root_dir: {job.folder}" in output.out
+
+
+def test_stages_of_the_demo_run(small, tmp_path):
+    study = load_study(CONFIGS / "digits" / "study.yaml")
+    for job in plan_jobs(study, tmp_path):
+        if job.seed == study.seeds[0]:
+            for source in job.inputs.values():
+                source.parent.mkdir(parents=True, exist_ok=True)
+                source.write_bytes(small["digits"][1].read_bytes())
+            assert run("digits", job.stage.command, list(job.words), small, None, tmp_path) == 0

@@ -1,0 +1,1 @@
+"""The parts of the ``lethe`` command; :mod:`torchlethe.cli` puts them together."""

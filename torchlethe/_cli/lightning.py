@@ -1,0 +1,254 @@
+"""LightningCLI with the defaults of Lethe and errors that talk to the user."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# LightningCLI's own calls of older names are nothing that a user could change
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+
+from torchlethe._cli.catalog import find_config
+from torchlethe._cli.errors import UsageError, close_match
+
+# Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
+REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
+ADVERTISEMENTS = ("💡 Tip",)
+
+
+def run(command: str, words: Sequence[str]) -> LetheCLI:
+    """Run one LightningCLI command.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        words: the command line after it.
+
+    Returns:
+        The finished CLI, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        argparse.ArgumentError: jsonargparse refused the configuration.
+        UsageError: an argument would have been dropped or ignored.
+    """
+    for name in REGISTERED:
+        if importlib.util.find_spec(f"torchlethe.{name}"):
+            importlib.import_module(f"torchlethe.{name}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
+    return LetheCLI(command, _resolve_configs(words))
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(ADVERTISEMENTS)
+
+
+def _resolve_configs(words: Sequence[str]) -> list[str]:
+    """Let ``--config digits/sfron.yaml`` find shipped files, as ``lethe list configs`` names them."""
+    resolved = list(words)
+    for position, word in enumerate(resolved):
+        if word.startswith("--config="):
+            resolved[position] = "--config=" + find_config(word.removeprefix("--config="))
+        elif position and resolved[position - 1] in ("--config", "-c"):
+            resolved[position] = find_config(word)
+    return resolved
+
+
+class _Dropped(logging.Handler):
+    """Collects the arguments that jsonargparse drops when a later layer names another class.
+
+    jsonargparse says so only in its debug log; this handler listens there.
+    """
+
+    PATTERN = re.compile(r"Due to class_path change from '(.+?)' to '(.+?)', discarding init_args: (.*)\.$", re.DOTALL)
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.found: dict[tuple[str, str, str], None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message if it is about dropped arguments."""
+        message = self.PATTERN.match(record.getMessage())
+        if not message:
+            return
+        old, new, values = message.groups()
+        defaults = _defaults(old)
+        # `{'momentum': 0.9, 'nesterov': False}`: what equals the old class's default was not set by anyone
+        for name, value in re.findall(r"'(\w+)': (.+?)(?=, '\w+': |\}$)", values):
+            if repr(defaults.get(name, ...)) != value:
+                self.found[old, new, name] = None
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    module, _, name = class_path.rpartition(".")
+    target = getattr(sys.modules.get(module), name, None)
+    if target is None:
+        return {}
+    return {key: parameter.default for key, parameter in inspect.signature(target).parameters.items()}
+
+
+class LetheCLI(LightningCLI):
+    """One plain call of LightningCLI, with three additions.
+
+    What a user typed is never dropped in silence: changing a class in a later layer drops the arguments that the new
+    class lacks, which is an error for typed arguments and a note for those of files. The hyper-parameters of
+    ``--ckpt_path`` go in front of the configuration (Lightning's rule), behind what was typed; each difference is one
+    note. And every run gets :class:`~torchlethe.checkpoint_io.AtomicCheckpointIO`,
+    :class:`~torchlethe.callbacks.NonFiniteGuard` and :class:`~torchlethe.callbacks.ExportWeights`, unless the
+    configuration brings its own.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        words: the command line after it.
+    """
+
+    def __init__(self, command: str, words: Sequence[str]) -> None:
+        self.command = command
+        self.words = list(words)
+        self.dropped = _Dropped()
+        log = logging.getLogger("torchlethe.arguments")
+        log.propagate = False
+        log.setLevel(logging.DEBUG)
+        log.handlers = [self.dropped]
+        options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "logger": log}
+        super().__init__(
+            args=[command, *words],
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lethe", **options, command: dict(options)},
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the command that runs: building the other three parsers costs most of a second."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then tell about arguments that were dropped on the way."""
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            message = error.message or ""
+            options = [option.lstrip("-") for option in self._parser(self.command)._option_string_actions]
+            if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
+                raise UsageError(f"unknown argument --{unknown[1]}{close_match(unknown[1], options)}") from None
+            if unknown := re.match(r"Subcommand '\w+' does not accept option '(.+?)'", message):
+                first = unknown[1].split(".")[0]
+                key = unknown[1] if first == "trainer" else first
+                raise UsageError(f"unknown key '{key}' in a configuration{close_match(key, options)}") from None
+            raise
+        typed = {part for word in self._typed() for part in word.split(".")}
+        for old, new, name in self.dropped.found:
+            change = f"the class changes from {_short(old)} to {_short(new)}, which has no argument '{name}'"
+            if name in typed:
+                raise UsageError(f"'{name}' would be dropped: {change}; name the class before its arguments")
+            self._note(f"{change}; the earlier value is dropped")
+
+    def _typed(self) -> Iterator[str]:
+        """The dotted keys that the user wrote on the command line, without ``init_args``."""
+        for word in self.words:
+            if word.startswith("--") and not word.startswith("--config"):
+                key = re.split(r"[=+]", word[2:], maxsplit=1)[0]
+                yield ".".join(part for part in key.split(".") if part != "init_args")
+
+    def _note(self, text: str) -> None:
+        sys.stderr.write(f"lethe {self.command}: note: {text}.\n")
+
+    def _parse_ckpt_path(self) -> None:
+        """Merge the hyper-parameters of ``--ckpt_path`` and say what replaces what."""
+        path = self.config[self.command].get("ckpt_path")
+        if not path:
+            return
+        if str(path) in ("best", "last", "hpc") or str(path).startswith("registry") or Path(path).is_dir():
+            self._note(f"--ckpt_path {path}: the hyper-parameters stored there are not read, the configuration counts")
+            return
+        stored = _stored_hyperparameters(path)
+        if not stored:
+            return
+        model = self.config[self.command].model
+        class_path = stored.pop("_class_path", None)
+        if class_path is not None and class_path != model.class_path:
+            raise UsageError(
+                f"--ckpt_path {path} holds a {_short(class_path)}, but the model is a {_short(model.class_path)}; "
+                f"give --model {_short(class_path)}, or load only the weights with --model.weights"
+            )
+        current = self._model_arguments()
+        typed = {key.split(".")[1] for key in self._typed() if key.startswith("model.")}
+        for name in [name for name in stored if name not in current]:
+            del stored[name]
+            self._note(f"{path} stores the hyper-parameter '{name}', which {_short(model.class_path)} does not have")
+        for name in [name for name in stored if stored[name] != current[name]]:
+            if name in typed:
+                old = stored.pop(name)
+                self._note(f"model.{name} is {_brief(current[name])} as typed, {path} was trained with {_brief(old)}")
+            else:
+                self._note(f"model.{name} is {_brief(stored[name])} from {path}, not {_brief(current[name])}")
+        update = {"class_path": model.class_path, "init_args": stored}
+        self.config = self.parser.parse_object({self.command: {"model": update}}, self.config)
+
+    def _model_arguments(self) -> dict[str, Any]:
+        dump = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
+        return dict(dump[self.command]["model"].get("init_args", {}))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add Lethe's checkpoint writer, guard and export, each unless the configuration has one."""
+        from torchlethe.callbacks import ExportWeights, NonFiniteGuard
+        from torchlethe.checkpoint_io import AtomicCheckpointIO
+
+        config = self._get(self.config_init, "trainer")
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        for kind in (NonFiniteGuard, ExportWeights):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(kind())
+        return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+
+
+def _stored_hyperparameters(path: str | Path) -> dict[str, Any]:
+    """The plain values that a Lightning checkpoint stores; nothing in the file is executed."""
+    if not Path(path).is_file():
+        raise UsageError(f"--ckpt_path: there is no file '{path}'")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped(path))
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        raise UsageError(
+            f"--ckpt_path: '{path}' was refused, as it is damaged or holds more than tensors and plain values "
+            "(loading it could execute code)"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UsageError(f"--ckpt_path: '{path}' is no Lightning checkpoint; give weights with --model.weights")
+    return {k: v for k, v in (content.get("hyper_parameters") or {}).items() if k not in ("_instantiator",)}
+
+
+def zipped(path: str | Path) -> bool:
+    """Whether a checkpoint has the zip format, which can be mapped into memory instead of read."""
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _short(class_path: str) -> str:
+    return class_path.rsplit(".", 1)[-1]
+
+
+def _brief(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 80 else text[:79] + "…"
