@@ -114,7 +114,7 @@ def first_sentence(text: str) -> str:
     """
     paragraph = " ".join(text.split("\n\n")[0].split())
     paragraph = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|``(.+?)``", lambda role: role[1] or role[2], paragraph)
-    end = re.search(r"[.:](?= [A-Z]|$)", paragraph)
+    end = re.search(r"\.(?= [A-Z]|$)|:$", paragraph)
     return paragraph[: end.end()].rstrip(":") if end else paragraph
 
 
