@@ -94,6 +94,7 @@ ERRORS = {
     "DRY --trainer.max_epoch 3": ["--trainer.max_epoch;", "did you mean 'trainer.max_epochs'"],
     "DRY --trainer.max_epochs three": ["--trainer.max_epochs", "three", "int"],
     "DRY --trainer.accelerator gpuu": ["gpuu", "cuda"],
+    "DRY --trainer.accelerator cpu --trainer.devices 4096": ["--trainer.devices is 4096", "CPU cores"],
     "DRY --data.batch_sise 3": ["--data.batch_sise", "did you mean 'batch_size'"],
     "DRY --data.batch_size three": ["--data.batch_size", "three", "int"],
     "DRY --data.batch_size 0": ["batch_size is 0"],

@@ -21,6 +21,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 
@@ -220,7 +221,12 @@ class LetheCLI(LightningCLI):
         for kind in (NonFiniteGuard, ExportWeights):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
-        return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+        cores = os.cpu_count() or 1
+        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, 2):
+            # each device is a process with a copy of everything: a slip of the finger takes the machine down
+            raise UsageError(f"--trainer.devices is {trainer.num_devices}, but this machine has {cores} CPU cores")
+        return trainer
 
 
 def _stored_hyperparameters(path: str | Path) -> dict[str, Any]:
