@@ -88,6 +88,18 @@ class TestDiagonalFisher:
         assert not network.bn1.training
         assert all(p.grad is None for p in network.parameters())
 
+    def test_works_in_inference_mode_and_sums_in_float32(self, network, data):
+        plain = DiagonalFisher().estimate(network, [data])
+        with torch.inference_mode():
+            inside = DiagonalFisher().estimate(network, [tuple(value.clone() for value in data)])
+        assert_same_bits(plain, inside)
+        half = Tiny().bfloat16()
+        half.load_state_dict(network.state_dict())
+        many = [(data[0].bfloat16(), data[1])] * 300
+        few = DiagonalFisher().estimate(half, many[:1])
+        assert few["fc.weight"].dtype == torch.float32
+        torch.testing.assert_close(DiagonalFisher().estimate(half, many)["fc.weight"], few["fc.weight"])
+
     def test_no_batches(self, network):
         with pytest.raises(ValueError, match="at least one batch"):
             DiagonalFisher().estimate(network, [])
@@ -115,6 +127,10 @@ class TestSaliencyMask:
         assert state["bits"].numel() == -(-4 * size // 8)
         restored = SaliencyMask.from_state_dict(state)
         assert_same_bits(mask.masks, restored.masks)
+
+    def test_a_mask_that_does_not_fit_is_named(self, network):
+        with pytest.raises(ValueError, match=r"no entry for the parameter 'conv1.weight'"):
+            SaliencyMask({"fc.weight": torch.ones(4, 6)}).like(dict(network.named_parameters()))
 
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
     def test_held_weights_and_their_momentum_do_not_move(self, optimizer):

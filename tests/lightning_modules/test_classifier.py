@@ -99,6 +99,26 @@ def test_weights_with_another_head_are_refused(tmp_path):
         Classifier(small_network(), 10, weights=tmp_path / "seven.safetensors")
 
 
+def test_uint8_images_and_other_integer_labels_work_as_they_are():
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8)
+    data = DataLoader(TensorDataset(images, torch.arange(32, dtype=torch.int32) % 10), batch_size=16)
+    trainer = quiet_trainer(max_epochs=1)
+    module = Classifier(small_network(), 10, sgd())
+    trainer.fit(module, data)
+    parts = trainer.predict(module, DataLoader(TensorDataset(images), batch_size=20))
+    assert torch.cat([part["index"] for part in parts]).tolist() == list(range(32))
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(parts[0]["logits"], module(images[:20].float() / 255))
+
+
+@pytest.mark.parametrize(("label", "sentence"), [(12, r"a label is 12, with num_classes=10"), (-3, "a label is -3")])
+def test_a_label_out_of_range_is_a_sentence(label, sentence):
+    data = DataLoader(TensorDataset(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, label, 2])), batch_size=4)
+    with pytest.raises(ValueError, match=sentence):
+        quiet_trainer(max_epochs=1).fit(Classifier(small_network(), 10), data)
+
+
 @pytest.mark.parametrize(
     ("network", "num_classes", "sentence"),
     [

@@ -20,6 +20,7 @@ from tests.helpers import (
     small_network,
 )
 from torchlethe.data import ForgetClasses, ForgetIndices, RoleLoader
+from torchlethe.io import save_weights
 from torchlethe.lightning_modules import Classifier, FineTune, Retrain, SFRon
 from torchlethe.updates import SFRonUpdate
 
@@ -135,6 +136,93 @@ def test_impossible_requests_are_one_sentence(request_, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         quiet_trainer().fit(SFRon(small_network(), 10), datamodule=forgetful_digits(request_))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module_class", [Retrain, FineTune, SFRon])
+def test_undivided_data_is_refused(module_class):
+    with pytest.raises(ValueError, match=r"reads .*remain, but DigitsDataModule is not divided: wrap it"):
+        quiet_trainer(max_epochs=1).fit(module_class(small_network(), 10), datamodule=digits())
+
+
+def test_a_second_fit_measures_a_new_mask_and_a_finished_trainer_does_nothing():
+    module = SFRon(small_network(), 10, steps=3)
+    first = quiet_trainer()
+    first.fit(module, datamodule=forgetful_digits(ForgetClasses([1])))
+    mask = module.update.mask
+    done = {name: value.clone() for name, value in module.network.state_dict().items()}
+    first.fit(module, datamodule=forgetful_digits(ForgetClasses([1])))
+    assert_same_bits(done, module.network)
+    quiet_trainer().fit(module, datamodule=forgetful_digits(ForgetClasses([7])))
+    assert module.update.mask is not mask
+    assert first.max_steps == -1
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    module = SFRon(small_network(), 10, steps=6, lr_schedule="constant")
+    trainer = quiet_trainer()
+    trainer.fit(module, datamodule=forgetful_digits())
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    again = SFRon(small_network(1), 10, steps=6, lr_schedule="constant")
+    trainer = quiet_trainer()
+    trainer.fit(again, datamodule=forgetful_digits(), ckpt_path=tmp_path / "done.ckpt")
+    assert trainer.global_step == 6
+    assert_same_bits(again.network, module.network)
+
+
+@pytest.mark.parametrize("flags", [{"limit_train_batches": 7}, {"overfit_batches": 3}], ids=str)
+def test_flags_that_break_the_order_of_roles_are_refused(flags):
+    with pytest.raises(ValueError, match="would break the order in which SFRon reads its roles"):
+        quiet_trainer(**flags).fit(SFRon(small_network(), 10), datamodule=forgetful_digits())
+
+
+def test_stopping_early_is_said():
+    with pytest.warns(UserWarning, match="SFRon stopped after 3 of 30 steps"):
+        quiet_trainer(max_steps=3).fit(SFRon(small_network(), 10, steps=30), datamodule=forgetful_digits())
+
+
+def role_tensors(role, count):
+    generator = torch.Generator().manual_seed(len(role))
+    return TensorDataset(torch.rand(count, 1, 8, 8, generator=generator), torch.arange(count) % 10)
+
+
+def test_shuffled_plain_loaders_give_a_reproducible_mask():
+    def mask(seed):
+        loaders = {r: DataLoader(role_tensors(r, n), 8, shuffle=True) for r, n in (("forget", 16), ("remain", 40))}
+        torch.manual_seed(seed)
+        module = SFRon(small_network(), 10, steps=1)
+        quiet_trainer().fit(module, loaders)
+        return module.update.mask.masks
+
+    assert_same_bits(mask(0), mask(1))
+
+
+def test_a_rule_with_one_role_takes_a_loader_by_role():
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(FineTune(small_network(), 10), {"remain": DataLoader(role_tensors("remain", 40), 8)})
+    assert trainer.global_step == 5
+
+
+def test_networks_in_eval_mode_are_trained_and_frozen_layers_stay():
+    network = small_network().eval()
+    quiet_trainer().fit(SFRon(network, 10, steps=2), datamodule=forgetful_digits())
+    assert all(module.training for module in network.modules())
+    network = small_network()
+    layer = next(m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    before = layer.running_mean.clone()
+    quiet_trainer().fit(SFRon(network, 10, steps=2), datamodule=forgetful_digits())
+    assert torch.equal(layer.running_mean, before)
+
+
+def test_a_checkpoint_can_be_saved_without_a_fit_and_loads_where_the_first_weights_are_gone(tmp_path):
+    weights = save_weights(small_network(), tmp_path / "original.safetensors")
+    module = SFRon(small_network(1), 10, weights=weights, steps=4)
+    trainer = quiet_trainer()
+    trainer.validate(module, DataLoader(role_tensors("remain", 16), 8), verbose=False)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    weights.unlink()
+    loaded = SFRon.load_from_checkpoint(tmp_path / "a.ckpt", network=small_network(2), weights_only=True)
+    assert_same_bits(loaded.network, module.network)
+    assert loaded.hparams["steps"] == 4
 
 
 @pytest.mark.timeout(200)

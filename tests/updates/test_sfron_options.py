@@ -87,6 +87,20 @@ def test_a_mask_function_and_no_mask(loaders):
     assert none.mask is None
 
 
+def test_a_top_mask_keeps_its_share_and_a_stride_skips_remaining_batches(loaders):
+    _, top = run(loaders, mask="top", mask_fraction=0.25)
+    assert top.mask.kept_fraction() == pytest.approx(0.25, abs=0.01)
+    _, strided = run(loaders, fisher_stride=2)
+    _, every_second = run(loaders | {"remain": loaders["remain"][::2]})
+    assert_same_bits(strided.mask.masks, every_second.mask.masks)
+
+
+def test_a_step_before_the_preparation_is_refused(loaders):
+    rule = SFRonUpdate()
+    with pytest.raises(RuntimeError, match=r"came before configure\(network\) and prepare"):
+        rule.step(Tiny().double(), {"remain": loaders["remain"][0], "forget": loaders["forget"][0]}, 0)
+
+
 def test_bn_eval_keeps_forget_batches_out_of_the_statistics(loaders):
     torch.manual_seed(0)
     network, rule = Tiny().double(), SFRonUpdate(bn_forget="eval", mask="none")
@@ -129,8 +143,11 @@ def test_little_effect_is_said(loaders):
         ({"gamma": float("nan")}, "gamma is nan"),
         ({"lam": 2.0}, "lam is 2.0"),
         ({"slow_beta": 2.0}, "beta is 2.0"),
+        ({"mask_fraction": 1.5}, "mask_fraction is 1.5"),
+        ({"fisher_stride": 0}, "fisher_stride is 0"),
+        ({"cosine_every": -1}, "cosine_every is -1"),
         ({"schedule": "step"}, "schedule is 'step', allowed are cosine"),
-        ({"mask": "hard"}, "mask is 'hard', allowed are ratio, none"),
+        ({"mask": "hard"}, "mask is 'hard', allowed are ratio, top, none"),
         ({"fisher": "full"}, "mode is 'full', allowed are batch and sample"),
         ({"lr_schedule": "warm"}, "lr_schedule is 'warm', allowed are cosine and constant"),
         ({"coefficients": "x"}, "coefficients is 'x'"),

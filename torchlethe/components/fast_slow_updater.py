@@ -48,5 +48,9 @@ class FastSlowUpdater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a starting point saved for the same parameters."""
+        if len(state["previous"]) != len(self.previous):
+            raise ValueError(
+                f"beta is {self.beta}, but the saved run had the slow update {'on' if state['previous'] else 'off'}."
+            )
         for anchor, saved in zip(self.previous, state["previous"], strict=True):
             anchor.copy_(saved)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many
-from torchlethe.data import PADDING_LABEL, as_batch
+from torchlethe.data import PADDING_LABEL, model_input
 
 
 class DiagonalFisher:
@@ -48,7 +48,7 @@ class DiagonalFisher:
             batches: dicts or ``(image, label)`` tuples on the network's device.
 
         Returns:
-            A non-negative tensor for each trainable parameter, by name, in the parameter's shape and dtype.
+            A non-negative tensor for each trainable parameter, by name, in the parameter's shape and at least float32.
 
         Raises:
             ValueError: there are no batches.
@@ -58,7 +58,9 @@ class DiagonalFisher:
         network.eval()
         try:
             accumulate = self._squared_batch_gradients if self.mode == "batch" else self._squared_sample_gradients
-            sums, count = accumulate(network, parameters, batches)
+            # evaluation loops run in inference mode, which autograd cannot leave by enable_grad alone
+            with torch.inference_mode(False):
+                sums, count = accumulate(network, parameters, batches)
         finally:
             for module, training in modes:
                 module.training = training
@@ -70,17 +72,18 @@ class DiagonalFisher:
     def _squared_batch_gradients(
         self, network: nn.Module, parameters: dict[str, nn.Parameter], batches: Iterable[Any]
     ) -> tuple[list[Tensor], float]:
-        sums = [torch.zeros_like(p) for p in parameters.values()]
+        sums = [_accumulator(p) for p in parameters.values()]
         count = 0
         with torch.enable_grad():
             for raw in batches:
-                batch = as_batch(raw)
+                batch = _outside_inference(raw)
                 labels = batch["label"]
                 loss = F.cross_entropy(network(batch["image"]), labels, reduction="sum", ignore_index=PADDING_LABEL)
                 weights = list(parameters.values())
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
                 total = all_reduce_sum((labels != PADDING_LABEL).sum())
-                mean = torch._foreach_div(all_reduce_sum_many(list(gradients)), total.to(sums[0].dtype))
+                summed = [gradient.to(total_.dtype) for gradient, total_ in zip(gradients, sums, strict=True)]
+                mean = torch._foreach_div(all_reduce_sum_many(summed), total)
                 torch._foreach_addcmul_(sums, mean, mean)
                 count += 1
         return sums, count
@@ -99,14 +102,28 @@ class DiagonalFisher:
             return -chosen * (label != PADDING_LABEL)
 
         per_sample = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-        sums = [torch.zeros_like(p) for p in detached.values()]
+        sums = [_accumulator(p) for p in detached.values()]
         count = torch.zeros((), dtype=torch.long, device=sums[0].device)
         for raw in batches:
-            batch = as_batch(raw)
+            batch = _outside_inference(raw)
             for images, labels in zip(
                 batch["image"].split(self.chunk_size), batch["label"].split(self.chunk_size), strict=True
             ):
                 gradients = per_sample(detached, images, labels)
-                torch._foreach_add_(sums, [(gradients[name] ** 2).sum(0) for name in detached])
+                squares = [
+                    gradients[name].to(total.dtype).square().sum(0) for name, total in zip(detached, sums, strict=True)
+                ]
+                torch._foreach_add_(sums, squares)
                 count += (labels != PADDING_LABEL).sum()
         return all_reduce_sum_many(sums), float(all_reduce_sum(count))
+
+
+def _accumulator(parameter: Tensor) -> Tensor:
+    # in bf16 a sum over hundreds of batches loses what each adds
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _outside_inference(batch: Any) -> dict[str, Any]:
+    batch = model_input(batch)
+    inferred = {key: v.clone() for key, v in batch.items() if isinstance(v, Tensor) and v.is_inference()}
+    return batch | inferred

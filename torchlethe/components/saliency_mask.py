@@ -81,6 +81,17 @@ class SaliencyMask:
         """The masks of the named parameters, in that order, for foreach operations."""
         return [self.masks[name] for name in names]
 
+    def like(self, parameters: Mapping[str, Tensor]) -> SaliencyMask:
+        """The mask in the dtype and on the device of the parameters that it is for.
+
+        Raises:
+            ValueError: a parameter has no mask, or one of another shape.
+        """
+        for name, p in parameters.items():
+            if name not in self.masks or self.masks[name].shape != p.shape:
+                raise ValueError(f"the mask has no entry for the parameter '{name}' of shape {tuple(p.shape)}.")
+        return SaliencyMask({name: self.masks[name].to(p) for name, p in parameters.items()})
+
     @contextmanager
     def held(self, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> Iterator[None]:
         """Put masked weights, and their optimizer state, back as they were when the block ends.
@@ -111,10 +122,6 @@ class SaliencyMask:
         moving = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape and v.dim()}
         return {"": parameter.detach(), **moving}
 
-    def to(self, device: torch.device | str) -> SaliencyMask:
-        """The mask on a device."""
-        return SaliencyMask({name: mask.to(device) for name, mask in self.masks.items()})
-
     def kept_fraction(self) -> float:
         """Share of the weights that may move, in [0, 1]."""
         kept = torch.stack([mask.sum(dtype=torch.float64) for mask in self.masks.values()]).sum()
@@ -122,15 +129,16 @@ class SaliencyMask:
 
     def kept_fractions(self) -> dict[str, float]:
         """Share of the weights that may move, by parameter name."""
-        return {name: mask.mean(dtype=torch.float64).item() for name, mask in self.masks.items()}
+        shares = torch.stack([mask.mean(dtype=torch.float64) for mask in self.masks.values()]).tolist()
+        return dict(zip(self.masks, shares, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """One bit for each weight, with the shapes."""
         bits = torch.cat([mask.flatten() for mask in self.masks.values()]).bool().cpu()
         padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-        powers = 2 ** torch.arange(8)
+        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
         return {
-            "bits": (padded * powers).sum(1).to(torch.uint8),
+            "bits": (padded * powers).sum(1, dtype=torch.uint8),
             "shapes": {name: tuple(mask.shape) for name, mask in self.masks.items()},
             "dtype": str(next(iter(self.masks.values())).dtype).removeprefix("torch."),
         }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from torchlethe.data import PADDING_LABEL, as_batch
+from torchlethe.data import PADDING_LABEL, model_input
 from torchlethe.io import load_weights
 
 
@@ -44,8 +44,11 @@ class ClassificationModule(LightningModule):
         self.save_plain_hyperparameters()
         self.network = network
         self.num_classes = num_classes
+        self.weights_path = Path(weights) if weights is not None else None
         if weights is not None:
             load_weights(network, weights)
+        self._labels_checked = False
+        self._predicted = 0
         metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=PADDING_LABEL),
@@ -58,9 +61,10 @@ class ClassificationModule(LightningModule):
     def save_plain_hyperparameters(self) -> None:
         """Keep the constructor's arguments in the checkpoint, in a form that loads without executing code.
 
-        Under LightningCLI that is the whole configuration; in plain Python, the arguments that are plain values.
+        Under LightningCLI that is the whole configuration; in plain Python, the arguments that are plain values. The
+        path of the first weights is left out: a checkpoint holds its own, and must load where that file is gone.
         """
-        ignore: list[str] = []
+        ignore = ["weights"]
         frame = inspect.currentframe()
         # every __init__ between the caller and this class belongs to this object and brings arguments
         while _given_hyperparameters.get() is None and (frame := frame.f_back if frame else None):
@@ -73,15 +77,52 @@ class ClassificationModule(LightningModule):
         """Logits ``(B, num_classes)`` of images ``(B, C, H, W)`` in [0, 1]."""
         return self.network(image)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The roles whose data the module is trained on when a split is at hand."""
+        return frozenset({"train"})
+
+    def configure_model(self) -> None:
+        """Refuse strategies that shard the network."""
+        if self.device_mesh is not None:
+            raise ValueError(f"{type(self).__name__} does not run with sharded networks yet: use the strategy ddp.")
+
     def setup(self, stage: str) -> None:
-        """Check that the network's head, the data and ``num_classes`` agree."""
+        """Check that the network's head, the data and ``num_classes`` agree, and that the roles read are there."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        divided = hasattr(datamodule, "role_loader")
+        if stage == "fit" and hasattr(datamodule, "train_set") and not divided and self.reads & {"forget", "remain"}:
+            raise ValueError(
+                f"{type(self).__name__} reads {' and '.join(sorted(self.reads))}, but {type(datamodule).__name__} "
+                "is not divided: wrap it, UnlearningDataModule(data, forget)."
+            )
         head = getattr(self.network, "head", None)
         outputs = getattr(head, "out_features", self.num_classes)
         if outputs != self.num_classes:
             raise ValueError(f"the network's head has {outputs} outputs, num_classes is {self.num_classes}.")
-        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
-        if classes != self.num_classes:
+        classes = getattr(datamodule, "num_classes", None)
+        if classes not in (None, self.num_classes):
             raise ValueError(f"the data has {classes} classes, num_classes is {self.num_classes}.")
+
+    def on_fit_start(self) -> None:
+        """Train a network that was handed over in eval mode; single layers that the user froze stay as they are."""
+        self._labels_checked = False
+        if not any(module.training for module in self.network.modules()):
+            self.network.train()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Look at the labels of the first batch, before the loss stumbles over one."""
+        if self._labels_checked:
+            return
+        self._labels_checked = True
+        parts = list(batch.values()) if isinstance(batch, dict) and set(batch) <= self.reads else [batch]
+        for labels in (model_input(part)["label"] for part in parts):
+            low, high = int(labels.min()), int(labels.max())
+            if high >= self.num_classes or (low < 0 and low != PADDING_LABEL):
+                bad = high if high >= self.num_classes else low
+                raise ValueError(
+                    f"a label is {bad}, with num_classes={self.num_classes} it must lie in 0…{self.num_classes - 1}."
+                )
 
     def training_logits(self, image: Tensor) -> Tensor:
         """Logits in at least float32, checked for their shape."""
@@ -105,23 +146,28 @@ class ClassificationModule(LightningModule):
         settings = {"scheduler": scheduler, "interval": interval, "monitor": getattr(scheduler, "monitor", "val_loss")}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the validation metrics."""
         self._evaluate(batch, self.val_metrics, self.val_loss, "val_loss")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the test metrics."""
         self._evaluate(batch, self.test_metrics, self.test_loss, "test_loss")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Logits ``(B, num_classes)`` and the index ``(B,)`` of each image, -1 for padding; without labels is fine."""
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Logits ``(B, num_classes)`` and the index ``(B,)`` of each image; labels are not needed.
+
+        The index of padding is -1. Batches without ``index`` are counted in the order of this process.
+        """
         if not isinstance(batch, dict):
             batch = {"image": batch[0] if isinstance(batch, list | tuple) else batch}
-        logits = self(batch["image"])
-        return {"index": batch.get("index", torch.arange(len(logits), device=logits.device)), "logits": logits}
+        logits = self(model_input(batch | {"label": batch.get("label", torch.zeros(0, dtype=torch.long))})["image"])
+        self._predicted = len(logits) + (self._predicted if batch_idx else 0)
+        counted = torch.arange(self._predicted - len(logits), self._predicted, device=logits.device)
+        return {"index": batch.get("index", counted), "logits": logits}
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, mean_loss: MeanMetric, name: str) -> None:
-        batch = as_batch(batch)
+        batch = model_input(batch)
         logits, labels = self.training_logits(batch["image"]), batch["label"]
         losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING_LABEL)
         metrics.update(logits, labels)

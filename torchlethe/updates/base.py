@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchlethe.data import Feed, as_batch
+from torchlethe.data import Feed, model_input
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Backward = Callable[[Tensor], None]
@@ -28,20 +28,23 @@ class UpdateRule(ABC):
     A plain loop::
 
         rule = SFRonUpdate(steps=100)
-        rule.configure(network)
+        rule.configure(network.train())
         rule.prepare(network, {"forget": forget_loader, "remain": remain_loader})
-        for k, batch in enumerate(RoleLoader(...)):      # dicts {"forget": batch, "remain": batch}
-            rule.step(network, batch, k)
+        for k in range(rule.steps):
+            rule.step(network, {"forget": next(forget_batches), "remain": next(remain_batches)}, k)
+        rule.finish(network)
 
     Attributes:
         feed: which roles the rule reads in training, and how (:mod:`torchlethe.data.roles`).
         optimizers: the optimizers that ``configure`` made; the caller saves and restores their state.
         prepared: whether ``prepare`` has run, or its outcome was restored.
+        prepares_augmented: whether ``prepare`` wants shuffled, augmented batches in place of fixed ones.
     """
 
     feed: Feed
     optimizers: list[Optimizer]
     prepared: bool = False
+    prepares_augmented: bool = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -74,7 +77,7 @@ class UpdateRule(ABC):
         Args:
             network: the network, in train mode.
             batch: what the feed yields: a batch, or a dict from role to batch.
-            k: the number of batches done before, from 0.
+            k: the number of updates done before, from 0.
             backward: how to backpropagate (a Trainer passes its own).
 
         Returns:
@@ -137,7 +140,7 @@ def logits_and_labels(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     Returns:
         Logits ``(B, K)`` and labels ``(B,)``.
     """
-    batch = as_batch(batch)
+    batch = model_input(batch)
     logits = network(batch["image"])
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), batch["label"]
 

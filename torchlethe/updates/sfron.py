@@ -1,7 +1,8 @@
 """SFRon: saliency-masked, adaptively weighted forgetting steps, interleaved with repair steps on the remaining data.
 
 Source: Huang et al., NeurIPS 2024, https://arxiv.org/abs/2409.19732; official code
-https://github.com/K1nght/Unified-Unlearning-w-Remain-Geometry (``Classification/``). The defaults reproduce the code.
+https://github.com/K1nght/Unified-Unlearning-w-Remain-Geometry (``Classification/``). The defaults are the code's, but
+for ``loss_floor`` (1e-6 in place of 0), which guards against samples whose loss is exactly 0.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from torchlethe.components import AdaptiveForgetLoss, DiagonalFisher, FastSlowUpdater, SaliencyMask
 from torchlethe.data import Interleaved
-from torchlethe.functional.forgetting import forget_schedule, weight_entropy
+from torchlethe.functional.forgetting import forget_schedule, saliency_ratio, weight_entropy
 from torchlethe.updates.base import (
     Backward,
     OptimizerFactory,
@@ -54,9 +56,15 @@ class SFRonUpdate(UpdateRule):
         lam: exponent of the adaptive weights, in [0, 1].
         loss_floor: see :class:`~torchlethe.components.AdaptiveForgetLoss`.
         clip: largest norm of the masked forgetting gradient; ``inf`` never clips.
-        mask: ``ratio`` of the two Fisher informations, ``none``, or a function from both to a mask.
+        mask: ``ratio`` of the two Fisher informations against gamma, ``top`` (the weights with the largest ratio),
+            ``none``, or a function from both to a mask.
         gamma: threshold of the ratio.
+        mask_fraction: share of the weights that a ``top`` mask keeps, in [0, 1].
         fisher: ``batch`` or ``sample``, see :class:`~torchlethe.components.DiagonalFisher`.
+        fisher_augment: measure on shuffled, augmented batches as the official code does; it is then not reproducible
+            across batch sizes.
+        fisher_stride: use every so many-th remaining batch for its Fisher information; 1 uses all.
+        fisher_chunk: samples whose gradients are held at once in ``sample`` mode.
         strict_mask: keep masked weights and their optimizer state exactly as they were in forgetting steps; weight
             decay and momentum would otherwise move them.
         slow_beta: share of the new weights in the slow update; 1 switches it off.
@@ -81,18 +89,25 @@ class SFRonUpdate(UpdateRule):
         lam: float = 0.5,
         loss_floor: float = 1e-6,
         clip: float = 7.0,
-        mask: Literal["ratio", "none"] | MaskRule = "ratio",
+        mask: Literal["ratio", "top", "none"] | MaskRule = "ratio",
         gamma: float = 1.0,
+        mask_fraction: float = 0.5,
         fisher: Literal["batch", "sample"] = "batch",
+        fisher_augment: bool = False,
+        fisher_stride: int = 1,
+        fisher_chunk: int = 64,
         strict_mask: bool = False,
         slow_beta: float = 1.0,
         slow_every: Literal["step", "cycle"] = "step",
         bn_forget: Literal["train", "eval"] = "train",
         cosine_every: int = 0,
     ) -> None:
-        for name, value in {"steps": steps, "forget_every": forget_every}.items():
+        counts = {"steps": steps, "forget_every": forget_every}
+        for name, value in (counts | {"fisher_stride": fisher_stride, "fisher_chunk": fisher_chunk}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
+        if cosine_every < 0:
+            raise ValueError(f"cosine_every is {cosine_every}, it must be at least 0.")
         for name, number in {"alpha": alpha, "clip": clip}.items():
             if not number > 0:
                 raise ValueError(f"{name} is {number}, it must be above 0.")
@@ -105,8 +120,12 @@ class SFRonUpdate(UpdateRule):
         for name, (choice, allowed) in choices.items():
             if choice not in allowed:
                 raise ValueError(f"{name} is '{choice}', allowed are {' and '.join(allowed)}.")
-        if not callable(mask) and mask not in ("ratio", "none"):
-            raise ValueError(f"mask is '{mask}', allowed are ratio, none or a function of both Fisher informations.")
+        if not callable(mask) and mask not in ("ratio", "top", "none"):
+            raise ValueError(
+                f"mask is '{mask}', allowed are ratio, top, none or a function of both Fisher informations."
+            )
+        if not 0 <= mask_fraction <= 1:
+            raise ValueError(f"mask_fraction is {mask_fraction}, it must lie in [0, 1].")
         if not gamma >= 0:
             raise ValueError(f"gamma is {gamma}, it must be at least 0.")
         forget_schedule(schedule, 0.0)
@@ -122,18 +141,24 @@ class SFRonUpdate(UpdateRule):
         self.clip = clip
         self.mask_rule = mask
         self.gamma = gamma
-        self.fisher = DiagonalFisher(fisher)
+        self.mask_fraction = mask_fraction
+        self.fisher = DiagonalFisher(fisher, fisher_chunk)
+        self.fisher_stride = fisher_stride
+        self.prepares_augmented = fisher_augment
         self.strict_mask = strict_mask
         self.slow_beta = slow_beta
         self.slow_period = 1 if slow_every == "step" else forget_every
         self.bn_forget = bn_forget
         self.cosine_every = cosine_every
         self.feed = Interleaved(every=forget_every, steps=steps)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.slow = FastSlowUpdater([], slow_beta)
         self.mask: SaliencyMask | None = None
         self.clipped_steps: Tensor | None = None
 
     def configure(self, network: nn.Module) -> list[Optimizer]:
-        """One optimizer, or two when the forgetting steps have their own."""
+        """One optimizer, or two when the forgetting steps have their own; forgets an earlier run's mask."""
+        self.prepared, self.mask, self.clipped_steps = False, None, None
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         makers = [self.optimizer, *([self.forget_optimizer] if self.forget_optimizer else [])]
         self.optimizers = [make(list(self.parameters.values())) for make in makers]
@@ -145,22 +170,28 @@ class SFRonUpdate(UpdateRule):
         if self.mask_rule == "none":
             return super().prepare(network, loaders)
         forget = self.fisher.estimate(network, loaders["forget"])
-        remain = self.fisher.estimate(network, loaders["remain"])
-        self.mask = (
-            self.mask_rule(forget, remain)
-            if callable(self.mask_rule)
-            else SaliencyMask.from_ratio(forget, remain, self.gamma)
-        )
+        remain = self.fisher.estimate(network, islice(loaders["remain"], 0, None, self.fisher_stride))
+        if callable(self.mask_rule):
+            mask = self.mask_rule(forget, remain)
+        elif self.mask_rule == "top":
+            ratios = {name: saliency_ratio(value, remain[name]) for name, value in forget.items()}
+            mask = SaliencyMask.from_top_fraction(ratios, self.mask_fraction)
+        else:
+            mask = SaliencyMask.from_ratio(forget, remain, self.gamma)
+        self.mask = mask.like(self.parameters)
         kept = self.mask.kept_fraction()
         if not 0.01 <= kept <= 0.9:
             advice = "a smaller gamma lets more weights move" if kept < 0.01 else "a larger gamma protects more weights"
             warnings.warn(f"the saliency mask keeps {kept:.1%} of the weights; {advice}.", stacklevel=2)
-        return super().prepare(network, loaders) | {"mask_kept_fraction": kept}
+        layers = {f"mask_kept/{name}": share for name, share in self.mask.kept_fractions().items()}
+        return super().prepare(network, loaders) | {"mask_kept_fraction": kept} | layers
 
     def step(
         self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
     ) -> dict[str, Tensor | float]:
         """One iteration: a forgetting step when it is due, a repair step, the slow update."""
+        if not self.prepared:
+            raise RuntimeError("SFRonUpdate.step came before configure(network) and prepare(network, loaders).")
         progress = k / self.steps
         self._set_learning_rates(progress)
         logs: dict[str, Tensor | float] = {"lr": self.optimizers[0].param_groups[0]["lr"]}

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from torchlethe.data import PADDING_LABEL, Feed, Single, as_batch
+from torchlethe.data import PADDING_LABEL, Feed, Single, mix_seed, model_input
 from torchlethe.lightning_modules.base import ClassificationModule
 
 
@@ -93,16 +93,17 @@ class Classifier(ClassificationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
-        batch = as_batch(batch)
+        batch = model_input(batch)
         image, label = batch["image"], batch["label"]
         target = label
         if self.mixup is not None:
+            # the CPU's generator alone: reseeding a GPU's would repeat its dropout
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, self.trainer.fit_loop.total_batch_idx)))
+                torch.default_generator.manual_seed(mix_seed(self.seed, self.trainer.fit_loop.total_batch_idx))
                 image, target = self.mixup(image, label)
         logits = self.training_logits(image)
         loss = self.loss(logits, target)
-        self.train_accuracy(logits.detach(), label)
+        self.train_accuracy.update(logits.detach(), label)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(label))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
         return loss

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from torchlethe.data import Feed
 from torchlethe.io import file_hash
@@ -56,7 +54,8 @@ class UnlearningModule(ClassificationModule):
     Note:
         Under DDP gradients are averaged over ranks by Lightning's backward pass, statistics such as the Fisher
         information are summed over ranks; with batches of half the size two ranks compute what one process computes
-        (networks without BatchNorm, or with it in eval mode).
+        (networks without BatchNorm, or with it in eval mode; sizes of the roles divisible by the number of ranks).
+        What is logged in a step is rank 0's share. Sharded networks (FSDP2) are refused.
     """
 
     def __init__(
@@ -74,12 +73,14 @@ class UnlearningModule(ClassificationModule):
         self.lr_interval = lr_interval
         self.automatic_optimization = isinstance(update, LossUpdate)
         if not self.automatic_optimization:
+            if lr_scheduler is not None:
+                raise ValueError(f"lr_scheduler is given, but {type(update).__name__} has a schedule of its own.")
             # the run ends by its own steps; and the state after a step is the one to resume from
             for message in ("`max_epochs` was not set", "Using ModelCheckpoint with manual optimization"):
                 warnings.filterwarnings("ignore", message=message)
         self.original_hash = file_hash(weights) if weights is not None else None
-        self.prepare_seconds = 0.0
         self._restored: dict[str, Any] | None = None
+        self._trainer_max_steps = -1
 
     @property
     def feed(self) -> Feed:
@@ -92,12 +93,33 @@ class UnlearningModule(ClassificationModule):
         return self.update.reads
 
     def setup(self, stage: str) -> None:
-        """Check network and data; manual optimization refuses fp16, whose range the forgetting strength exceeds."""
+        """Check network, data and the Trainer's flags."""
         super().setup(stage)
-        if not self.automatic_optimization and str(self.trainer.precision).startswith("16"):
+        if self.automatic_optimization or stage != "fit":
+            return
+        name, trainer = type(self).__name__, self.trainer
+        if str(trainer.precision).startswith("16"):
+            # the forgetting strength exceeds the range of fp16
+            raise ValueError(f"precision is {trainer.precision}, {name} needs bf16-mixed, bf16-true, 32 or 64.")
+        cut = trainer.limit_train_batches != 1.0 or trainer.overfit_batches  # type: ignore[attr-defined]
+        if cut and not trainer.fast_dev_run and hasattr(trainer.datamodule, "role_loader"):  # type: ignore[attr-defined]
             raise ValueError(
-                f"precision is {self.trainer.precision}, {type(self).__name__} needs bf16-mixed, bf16-true, 32 or 64."
+                f"limit_train_batches and overfit_batches would break the order in which {name} reads its roles: "
+                "set its steps instead."
             )
+
+    def on_fit_start(self) -> None:
+        """Let the run end after the rule's own number of steps, also when it is resumed there."""
+        super().on_fit_start()
+        loop = self.trainer.fit_loop.epoch_loop
+        self._trainer_max_steps = loop.max_steps
+        own = getattr(self.update, "steps", None)
+        if own is not None and (loop.max_steps < 0 or own < loop.max_steps):
+            loop.max_steps = own
+
+    def on_fit_end(self) -> None:
+        """Give the Trainer its own limit back."""
+        self.trainer.fit_loop.epoch_loop.max_steps = self._trainer_max_steps
 
     def configure_optimizers(self) -> Any:
         """The rule's optimizers, and with manual optimization the one that counts batches."""
@@ -110,51 +132,57 @@ class UnlearningModule(ClassificationModule):
         """Let the rule prepare, or restore what it had prepared."""
         if self._restored is not None:
             self.update.load_state_dict(self._restored)
+            self._restored = None
         if not self.update.prepared:
-            start = time.perf_counter()
-            logs = self.update.prepare(self.network, self._preparation_loaders())
-            self.prepare_seconds = time.perf_counter() - start
+            logs = self.update.prepare(self.network, self._preparation_batches())
             if self.logger is not None and logs:
                 self.logger.log_metrics(logs, step=self.global_step)
-        self.network.train()
 
-    def _preparation_loaders(self) -> dict[str, Iterable[Any]]:
-        """A loader for each role that the rule reads, on the device, in order and without augmentation."""
+    def _preparation_batches(self) -> dict[str, Iterable[Any]]:
+        """For each role that the rule reads its batches on the device, in order and without augmentation."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        given: Any = self.trainer.train_dataloader
         if hasattr(datamodule, "role_loader"):
-            return {role: _Transferred(datamodule.role_loader(role), self.trainer) for role in self.reads}
-        loaders: Any = self.trainer.train_dataloader
-        if isinstance(loaders, dict):
-            missing = sorted(self.reads - loaders.keys())
-            if missing:
+            augmented = self.update.prepares_augmented
+            loaders = {role: datamodule.role_loader(role, shuffle=augmented) for role in self.reads}
+        elif isinstance(given, dict):
+            if missing := sorted(self.reads - given.keys()):
                 raise ValueError(f"{type(self).__name__} reads {', '.join(missing)} too: give a loader for each role.")
-            return {role: _Transferred(loaders[role], self.trainer) for role in self.reads}
-        if len(self.reads) == 1:
-            return dict.fromkeys(self.reads, _Transferred(loaders, self.trainer))
-        raise ValueError(
-            f"{type(self).__name__} reads {', '.join(sorted(self.reads))}: "
-            "pass an UnlearningDataModule, or a dict with a loader for each."
-        )
+            loaders = {role: in_order(given[role], self.trainer) for role in self.reads}
+        elif len(self.reads) == 1:
+            loaders = dict.fromkeys(self.reads, in_order(given, self.trainer))
+        else:
+            raise ValueError(
+                f"{type(self).__name__} reads {', '.join(sorted(self.reads))}: "
+                "pass an UnlearningDataModule, or a dict with a loader for each."
+            )
+        return {role: TransferredBatches(loader, role, self.trainer) for role, loader in loaders.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the rule."""
-        if self.automatic_optimization:
-            assert isinstance(self.update, LossUpdate)
+        loss: Tensor | None = None
+        if isinstance(self.update, LossUpdate):
+            if isinstance(batch, dict) and set(batch) == self.reads:
+                (batch,) = batch.values()
             loss, logs = self.update.loss(self.network, batch, self.global_step)
         else:
-            loss, logs = None, self.update.step(self.network, batch, self.global_step, self.manual_backward)
+            logs = self.update.step(self.network, batch, self.global_step, self.manual_backward)
             self.optimizers()[0].step()  # type: ignore[index]
-        self.log_dict(logs, prog_bar=True, batch_size=1)
+        shown = {name: value for name, value in logs.items() if name in ("forget_loss", "remain_loss")}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict({name: value for name, value in logs.items() if name not in shown}, batch_size=1)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop after the rule's own number of steps."""
-        if self.global_step >= getattr(self.update, "steps", float("inf")):
-            self.trainer.should_stop = True
-
     def on_train_end(self) -> None:
-        """Let the rule look back."""
+        """Let the rule look back; say when the run was cut short, as its schedule then never came to its end."""
         self.update.finish(self.network)
+        steps, trainer = getattr(self.update, "steps", 0), self.trainer
+        if self.global_step < steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warnings.warn(
+                f"{type(self).__name__} stopped after {self.global_step} of {steps} steps: the Trainer's max_epochs or "
+                "max_steps, or a callback, ended the run early.",
+                stacklevel=2,
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the rule's state, the original model's hash and the split's hash."""
@@ -171,19 +199,45 @@ class UnlearningModule(ClassificationModule):
         if state is None:
             return
         if self.original_hash and state["original_hash"] and self.original_hash != state["original_hash"]:
-            raise ValueError("the checkpoint was made from other weights than the 'weights' given now.")
+            raise ValueError(
+                f"the checkpoint was made from other weights ({state['original_hash'][:12]}…) "
+                f"than '{self.weights_path}' ({self.original_hash[:12]}…)."
+            )
         self._restored = state["update"]
-        rank_zero_info(f"{type(self).__name__}: resuming after {checkpoint.get('global_step', 0)} steps.")
 
 
-class _Transferred:
-    """A loader whose batches are moved and prepared as Lightning would in evaluation, for use outside its loops."""
+class TransferredBatches:
+    """Batches of one role, moved and transformed as Lightning would, for use outside its loops.
 
-    def __init__(self, loader: Iterable[Any], trainer: Trainer) -> None:
-        self.loader, self.trainer = loader, trainer
+    The Trainer's hooks see what they see in training: a dict from role to batch.
+
+    Args:
+        loader: the role's batches.
+        role: its name.
+        trainer: the Trainer whose device, precision and hooks apply.
+    """
+
+    def __init__(self, loader: Iterable[Any], role: str, trainer: Trainer) -> None:
+        self.loader, self.role, self.trainer = loader, role, trainer
 
     def __iter__(self) -> Iterator[Any]:
-        device = self.trainer.strategy.root_device
-        prepare = getattr(getattr(self.trainer, "datamodule", None), "prepare_batch", move_data_to_device)
+        trainer, module = self.trainer, self.trainer.lightning_module
         for batch in self.loader:
-            yield self.trainer.precision_plugin.convert_input(prepare(batch, device))
+            wrapped: Any = trainer.precision_plugin.convert_input({self.role: batch})
+            wrapped = module._on_before_batch_transfer(wrapped, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(wrapped, dataloader_idx=0)[self.role]
+
+
+def in_order(loader: Any, trainer: Trainer) -> Any:
+    """A stock loader's data in stored order, each rank its share; a loader of another kind as it is.
+
+    Random transforms inside the data set cannot be switched off from here.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+        return loader
+    sampler: Any = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    if trainer.world_size > 1:
+        sampler = DistributedSampler(loader.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+    return DataLoader(
+        loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+    )

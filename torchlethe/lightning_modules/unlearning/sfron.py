@@ -37,11 +37,16 @@ class SFRon(UnlearningModule):
         loss_floor: lower bound on the loss inside a sample's weight; 0 is the official code, where a sample with loss
             exactly 0 silences its batch.
         clip: largest norm of the masked forgetting gradient.
-        mask: ``ratio`` of the Fisher informations on forget set and remaining data, ``none``, or a function from both
-            (dicts by parameter name) to a :class:`~torchlethe.components.SaliencyMask`.
+        mask: ``ratio`` of the Fisher informations on forget set and remaining data against gamma, ``top`` (the weights
+            with the largest ratio), ``none``, or a function from both (dicts by parameter name) to a
+            :class:`~torchlethe.components.SaliencyMask`.
         gamma: threshold of the ratio, at least 0.
+        mask_fraction: share of the weights that a ``top`` mask keeps, in [0, 1].
         fisher: squared ``batch``-mean gradients as published, or per ``sample``, see
             :class:`~torchlethe.components.DiagonalFisher`.
+        fisher_augment: measure it on shuffled, augmented batches as the official code does, instead of fixed ones.
+        fisher_stride: use every so many-th remaining batch for its Fisher information; 1 uses all.
+        fisher_chunk: samples whose gradients are held at once in ``sample`` mode.
         strict_mask: hold masked weights exactly in forgetting steps, against weight decay and momentum.
         slow_beta: share of the new weights in the slow update, in [0, 1]; 1 switches it off, as published.
         slow_every: slow update after each ``step``, or once a ``cycle`` of ``forget_every`` iterations.
@@ -78,9 +83,13 @@ class SFRon(UnlearningModule):
         lam: float = 0.5,
         loss_floor: float = 1e-6,
         clip: float = 7.0,
-        mask: Literal["ratio", "none"] | MaskRule = "ratio",
+        mask: Literal["ratio", "top", "none"] | MaskRule = "ratio",
         gamma: float = 1.0,
+        mask_fraction: float = 0.5,
         fisher: Literal["batch", "sample"] = "batch",
+        fisher_augment: bool = False,
+        fisher_stride: int = 1,
+        fisher_chunk: int = 64,
         strict_mask: bool = False,
         slow_beta: float = 1.0,
         slow_every: Literal["step", "cycle"] = "step",
@@ -101,7 +110,11 @@ class SFRon(UnlearningModule):
             clip=clip,
             mask=mask,
             gamma=gamma,
+            mask_fraction=mask_fraction,
             fisher=fisher,
+            fisher_augment=fisher_augment,
+            fisher_stride=fisher_stride,
+            fisher_chunk=fisher_chunk,
             strict_mask=strict_mask,
             slow_beta=slow_beta,
             slow_every=slow_every,
