@@ -88,6 +88,17 @@ def test_nothing_switched_on_changes_nothing():
     assert torch.equal(Augmentation(crop=0, flip=False)(IMAGES, INDEX, EPOCH), IMAGES)
 
 
+@pytest.mark.parametrize("augment", [Augmentation(crop=2), Augmentation(crop=2, cutout=4), EVERYTHING])
+def test_the_memory_layout_of_the_batch_does_not_matter(augment):
+    images = IMAGES.to(memory_format=torch.channels_last)
+    assert torch.equal(augment(images, INDEX, EPOCH), augment(IMAGES, INDEX, EPOCH))
+
+
+def test_one_pass_number_stands_for_all():
+    augment = Augmentation(crop=2)
+    assert torch.equal(augment(IMAGES, INDEX, epoch=3), augment(IMAGES, INDEX, EPOCH))
+
+
 def test_negative_sizes_are_refused():
     with pytest.raises(ValueError, match="crop is -1"):
         Augmentation(crop=-1)

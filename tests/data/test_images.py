@@ -1,7 +1,16 @@
+import numpy as np
 import pytest
 import torch
 
-from torchlethe.data import PADDING_INDEX, PADDING_LABEL, InMemoryImages, as_batch, class_balanced, stratified
+from torchlethe.data import (
+    PADDING_INDEX,
+    PADDING_LABEL,
+    InMemoryImages,
+    as_batch,
+    class_balanced,
+    model_input,
+    stratified,
+)
 
 
 @pytest.fixture
@@ -88,6 +97,47 @@ def test_foreign_batches_become_dicts(batch):
 def test_a_batch_without_images_and_labels_is_refused(batch):
     with pytest.raises(ValueError, match=r"^batch .*\.$"):
         as_batch(batch)
+
+
+def test_arrays_are_taken_as_tensors_are(images):
+    same = InMemoryImages(images.store.numpy(), images.labels.numpy(), classes=images.classes)
+    assert same.fingerprint() == images.fingerprint()
+    with pytest.raises(ValueError, match=r"images is torch\.float64 \(1, 1, 2, 2\), but must be uint8"):
+        InMemoryImages(np.zeros((1, 1, 2, 2)), [0])
+
+
+PIXELS = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+@pytest.mark.parametrize("form", [lambda x, y: [x, y], lambda x, y: {"pixel_values": x, "labels": y, "name": "a"}])
+def test_foreign_batches_become_what_network_and_loss_read(form, dtype):
+    batch = model_input(form(PIXELS, torch.tensor([2, 0, 1], dtype=dtype)))
+    torch.testing.assert_close(batch["image"].flatten(), torch.tensor([0, 0.2, 1]))
+    assert batch["label"].dtype is torch.int64
+    assert batch["label"].tolist() == [2, 0, 1]
+
+
+def test_a_batch_that_fits_passes_through_and_a_callers_batch_is_not_changed():
+    ready = {"image": torch.full((3, 1, 1, 1), 7.0, dtype=torch.bfloat16), "label": torch.tensor([0, 1, 2])}
+    assert model_input(ready) is ready
+    raw = {"image": PIXELS, "label": [0, 1, 2]}
+    assert model_input(raw)["label"].dtype is torch.int64
+    assert raw == {"image": PIXELS, "label": [0, 1, 2]}
+    assert as_batch(raw)["image"].dtype is torch.uint8
+
+
+@pytest.mark.parametrize("label", [torch.rand(3), torch.rand(3, 10), ["a", "b", "c"]])
+def test_labels_that_are_no_class_numbers_are_one_sentence(label):
+    with pytest.raises(ValueError, match=r"^label is .*whole class numbers.*\.$"):
+        model_input((PIXELS, label))
+
+
+def test_the_message_of_class_balanced_names_the_largest_count_that_works():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    with pytest.raises(ValueError, match="has 1 to 7"):
+        class_balanced(labels, 8)
+    assert len(class_balanced(labels, 7)) == 7
 
 
 def test_stratified_keeps_class_shares_and_balanced_equalises_them():

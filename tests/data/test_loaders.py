@@ -53,6 +53,13 @@ def test_ranks_together_read_what_one_process_reads(count, ranks, drop_last):
     assert padded[len(order) :] == (order * ranks)[: len(padded) - len(order)]
 
 
+@pytest.mark.parametrize(("count", "repeated"), [(16, 0), (17, 3), (18, 2), (19, 1)])
+def test_training_repeats_samples_only_where_ranks_do_not_divide_the_size(count, repeated):
+    parts = [indices(loader(count, 2, num_replicas=4, rank=rank)) for rank in range(4)]
+    assert len(flat(flat(parts))) - count == repeated
+    assert len(set(flat(flat(batches[:-1] for batches in parts)))) == len(flat(flat(batches[:-1] for batches in parts)))
+
+
 def test_evaluation_pads_with_samples_that_every_loss_and_metric_skips():
     parts = [list(loader(5, 2, shuffle=False, num_replicas=2, rank=rank)) for rank in range(2)]
     seen = sorted(index for part in parts for batch in part for index in batch["index"].tolist())

@@ -1,4 +1,5 @@
 import io
+import sys
 
 import lightning.pytorch as pl
 import numpy as np
@@ -290,6 +291,14 @@ def test_wrong_columns_and_splits_are_one_sentence(parquet, arguments, error, me
 def test_a_missing_path_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         setup(HuggingFaceDataModule(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("make", [CIFAR10DataModule, HuggingFaceDataModule])
+def test_without_the_datasets_library_the_message_says_what_to_install(make, tmp_path, monkeypatch):
+    (tmp_path / "train.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchlethe\[datasets\]'"):
+        setup(make(tmp_path))
 
 
 @pytest.mark.shared

@@ -99,6 +99,25 @@ def test_a_checkpoint_of_another_split_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["test", "validate", "predict"])
+def test_a_checkpoint_of_another_split_may_be_evaluated(tmp_path, task):
+    class Judge(Recorder):
+        def test_step(self, batch, batch_idx):
+            self.seen.append(batch["label"])
+
+        validation_step = predict_step = test_step
+
+    first = trainer(tmp_path, max_steps=1)
+    first.fit(Recorder(Interleaved(every=1, steps=2)), data(0, True))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    judge, other = Judge(), UnlearningDataModule(DigitsDataModule(subset=500, validation=50), ForgetClasses([4]))
+    getattr(trainer(tmp_path), task)(judge, other, ckpt_path=tmp_path / "last.ckpt")
+    assert len(torch.cat(judge.seen)) == (50 if task == "validate" else 597)
+    with pytest.raises(ValueError, match="the checkpoint was made with split"):
+        trainer(tmp_path, max_steps=2).fit(judge, other, ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("unlearning", [False, True])
 def test_overfit_batches_and_predict_take_our_loaders(tmp_path, unlearning):
     module = Recorder(Interleaved(every=1, steps=4) if unlearning else None)

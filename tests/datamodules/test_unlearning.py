@@ -8,13 +8,15 @@ from torchlethe.data import (
     ForgetClasses,
     ForgetFraction,
     ForgetIndices,
+    ForgetSubclasses,
+    InMemoryImages,
     Interleaved,
     Joined,
     Single,
     SymmetricNoise,
     find_labels,
 )
-from torchlethe.datamodules import DigitsDataModule, UnlearningDataModule
+from torchlethe.datamodules import DigitsDataModule, ImageDataModule, UnlearningDataModule
 
 
 class Reader(pl.LightningModule):
@@ -77,6 +79,30 @@ def test_evaluation_loaders_of_a_class_request():
 
 def test_evaluation_loaders_of_a_sample_request():
     assert sorted(ready(ForgetFraction(0.1)).evaluation_loaders()) == ["forget", "remain", "test"]
+
+
+def test_a_test_set_without_subclasses_is_not_divided():
+    class Coarse(ImageDataModule):
+        num_classes = 2
+
+        def load(self, split):
+            fine = torch.arange(16) % 4
+            subclasses = fine if split == "train" else None
+            return InMemoryImages(torch.zeros(16, 1, 2, 2, dtype=torch.uint8), fine // 2, subclasses=subclasses)
+
+    data = UnlearningDataModule(Coarse(), ForgetSubclasses([1]))
+    data.setup()
+    assert {name: len(loader.dataset) for name, loader in data.evaluation_loaders().items()} == {
+        "forget": 4,
+        "remain": 12,
+        "test": 16,
+    }
+
+
+def test_an_index_of_the_validation_part_is_named_as_such():
+    held_out = ready(validation=100).role_set("validation").indices
+    with pytest.raises(ValueError, match=rf"names the index {held_out[5]}, but that sample was held out for valid"):
+        ready(ForgetIndices([int(held_out[5])]), validation=100)
 
 
 def test_request_seed_training_seed_and_unlearning_seed_are_apart():
@@ -231,6 +257,92 @@ def test_a_foreign_datamodule_is_divided_and_every_hook_called():
     state = data.state_dict()
     data.load_state_dict(state)
     assert foreign.restored == {"answer": 42}
+
+
+def test_exceptions_reach_the_wrapped_module():
+    class Watching(Foreign):
+        def on_exception(self, exception):
+            self.calls.append(str(exception))
+
+    class Failing(Reader):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("went wrong")
+
+    foreign = Watching(Guarded())
+    with pytest.raises(RuntimeError, match="went wrong"):
+        fit(Failing(feed=Single("remain")), UnlearningDataModule(foreign, ForgetClasses([1])))
+    assert "went wrong" in foreign.calls
+
+
+def test_the_number_of_classes_is_unknown_until_the_labels_are_read():
+    data = UnlearningDataModule(Foreign(Guarded()), ForgetClasses([1]))
+    assert data.num_classes is None
+    data.setup()
+    assert data.num_classes == 4
+
+
+class Bytes(pl.LightningDataModule):
+    """Pairs (or dicts) of uint8 images, as torchvision's `pil_to_tensor` gives them."""
+
+    def __init__(self, collate=None):
+        super().__init__()
+        self.set = TensorDataset(torch.full((8, 1, 2, 2), 51, dtype=torch.uint8), torch.arange(8) % 2)
+        self.collate = collate
+
+    def loader(self):
+        return DataLoader(self.set, batch_size=4, collate_fn=self.collate)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+def as_hugging_face(samples):
+    images, labels = zip(*samples, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+
+
+@pytest.mark.parametrize("collate", [None, as_hugging_face])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
+)
+def test_uint8_images_of_a_foreign_datamodule_reach_every_loop_in_the_precision(collate, precision, dtype):
+    class Judge(Reader):
+        def test_step(self, batch, batch_idx):
+            self.steps.append(batch)
+
+        validation_step = test_step
+
+    data = UnlearningDataModule(Bytes(collate), ForgetClasses([1]))
+    module = Judge(feed=Single("remain"))
+    fit(module, data, precision=precision, limit_val_batches=1, num_sanity_val_steps=0)
+    pl.Trainer(accelerator="cpu", devices=1, logger=False, precision=precision, enable_progress_bar=False).test(
+        module, data, verbose=False
+    )
+    assert len(module.steps) == 4  # one of training, one of validation, two of testing
+    assert isinstance(module.steps[1], dict if collate else list)
+    for step in module.steps:
+        image = (step["image"] if "image" in step else step["pixel_values"]) if isinstance(step, dict) else step[0]
+        assert image.dtype is dtype
+        torch.testing.assert_close(image, torch.full_like(image, 0.2), atol=1e-3, rtol=0)
+
+
+def test_hooks_get_the_dicts_of_their_own_loaders_whole():
+    class Hooked(Bytes):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {**batch, "pixel_values": batch["pixel_values"].float()}
+
+    data = UnlearningDataModule(Hooked(as_hugging_face), ForgetClasses([1]))
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    assert batch["pixel_values"].unique().tolist() == [51]
+
+
+def test_pairs_are_prepared_to_dicts_outside_of_the_loops():
+    data = UnlearningDataModule(Bytes(), ForgetClasses([1]))
+    data.setup()
+    batch = data.prepare_batch(next(iter(data.test_dataloader())))
+    assert sorted(batch) == ["image", "label"]
+    torch.testing.assert_close(batch["image"], torch.full((4, 1, 2, 2), 0.2))
 
 
 def test_a_method_free_of_remaining_data_is_never_handed_any():

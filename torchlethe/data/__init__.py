@@ -1,7 +1,7 @@
 """Data without Lightning: in-memory image sets, position-aware loaders, batched augmentation, forget requests."""
 
 from torchlethe.data.augmentation import Augmentation
-from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch
+from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, model_input
 from torchlethe.data.forget import (
     ForgetClasses,
     ForgetFraction,
@@ -73,6 +73,7 @@ __all__ = [
     "feed_loader",
     "find_labels",
     "mix_seed",
+    "model_input",
     "random_bits",
     "shard",
     "stratified",

@@ -56,14 +56,14 @@ class Augmentation:
         )
 
     def __call__(
-        self, images: Tensor, index: Tensor, epoch: Tensor, augment: Tensor | None = None, seed: int = 0
+        self, images: Tensor, index: Tensor, epoch: Tensor | int, augment: Tensor | None = None, seed: int = 0
     ) -> Tensor:
         """Augment a batch.
 
         Args:
             images: (B, C, H, W) uint8.
             index: (B,) int64, identity of each sample.
-            epoch: (B,) int64, the pass in which each sample is drawn.
+            epoch: (B,) int64, the pass in which each sample is drawn; or one number for all.
             augment: (B,) bool, False where a sample stays as it is; all are augmented by default.
             seed: Augmentation seed.
 
@@ -81,7 +81,7 @@ class Augmentation:
         batch, channels, height, width = images.shape
         if self.crop:
             # Every row of every window is a run of `width` bytes of the padded batch: one index_select copies them all.
-            padded = F.pad(images, (self.crop,) * 4)
+            padded = F.pad(images, (self.crop,) * 4).contiguous()  # it may be channels_last
             tall, wide = padded.shape[-2:]
             shift = torch.where(on[:, None], bits[:, :2] % (2 * self.crop + 1), self.crop)
             corner = (

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 PADDING_LABEL = -100
 """Label of a padding duplicate: the ``ignore_index`` of ``cross_entropy`` and what torchmetrics is told to ignore."""
 
@@ -12,6 +15,7 @@ PADDING_INDEX = -1
 """Index of a padding duplicate: no sample of a training set has it."""
 
 _ALIASES = {"image": ("img", "pixel_values", "images"), "label": ("labels", "target", "fine_label")}
+IMAGE_KEYS = ("image", *_ALIASES["image"])
 
 
 def as_batch(batch: Any) -> dict[str, Any]:
@@ -46,3 +50,48 @@ def as_batch(batch: Any) -> dict[str, Any]:
     raise ValueError(
         f"batch is a {type(batch).__name__}, but must be a dict with `image` and `label` or a pair of them."
     )
+
+
+def unit_range(image: Any) -> Any:
+    """(…) uint8 images as float32 in [0, 1]; anything else as it is."""
+    return image.float().div_(255) if isinstance(image, Tensor) and image.dtype is torch.uint8 else image
+
+
+def model_input(batch: Any) -> dict[str, Any]:
+    """Bring a batch of any origin into the form that a network and a loss read.
+
+    What :func:`as_batch` does, then labels of any integer type become int64 and uint8 images float32 in [0, 1]. Images
+    that are floating already are left alone, whatever their range and precision; a batch of Lethe's own datamodules
+    passes through as it is. Nothing waits for the device, and ``batch`` is not changed.
+
+    Args:
+        batch: What :func:`as_batch` reads.
+
+    Returns:
+        A dict with at least ``image`` (B, C, H, W) floating and ``label`` (B,) int64.
+
+    Raises:
+        ValueError: If images and labels cannot be told apart, or the labels are no whole numbers.
+
+    >>> pixels, classes = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), torch.tensor([3, 4], dtype=torch.uint8)
+    >>> batch = model_input((pixels, classes))
+    >>> batch["image"].max().item(), batch["label"].dtype
+    (1.0, torch.int64)
+    """
+    batch = as_batch(batch)
+    image, label = unit_range(batch["image"]), batch["label"]
+    if not isinstance(label, Tensor):
+        try:
+            label = torch.as_tensor(label, device=getattr(image, "device", None))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"label is a {type(label).__name__}, but must be a tensor of whole class numbers."
+            ) from None
+    if label.is_floating_point() or label.is_complex():
+        raise ValueError(
+            f"label is {label.dtype} {tuple(label.shape)}, but must hold whole class numbers of shape (B,)."
+        )
+    label = label.long()
+    if image is batch["image"] and label is batch["label"]:
+        return batch
+    return {**batch, "image": image, "label": label}

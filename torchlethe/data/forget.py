@@ -27,6 +27,10 @@ class ForgetRequest:
 
     whole_class: bool = False
 
+    def divides(self, dataset: ImageDataset) -> bool:
+        """Whether the request also divides another data set than the training set, such as the test set."""
+        return self.whole_class
+
     def mask(self, dataset: ImageDataset) -> Tensor:
         """(N,) bool, True where a sample of ``dataset`` is to be forgotten."""
         raise NotImplementedError
@@ -108,6 +112,10 @@ class ForgetSubclasses(ForgetRequest):
 
     def __repr__(self) -> str:
         return f"ForgetSubclasses(subclasses={self.subclasses})"
+
+    @override
+    def divides(self, dataset: ImageDataset) -> bool:
+        return dataset.subclasses is not None
 
     @override
     def mask(self, dataset: ImageDataset) -> Tensor:
@@ -199,6 +207,22 @@ class ForgetIndices(ForgetRequest):
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"source is {self!r}, but must be a flat list of whole numbers.")
         return torch.from_numpy(array.astype(np.int64))
+
+    def refuse_held_out(self, validation: ImageDataset) -> None:
+        """Refuse indices that cannot be forgotten since they were held out of the training set.
+
+        Args:
+            validation: The samples that were held out, with indices of the same original training set.
+
+        Raises:
+            ValueError: If an index belongs to ``validation``.
+        """
+        wanted = self.indices()
+        if len(held_out := wanted[torch.isin(wanted, validation.indices)]):
+            raise ValueError(
+                f"source names the index {int(held_out[0])}, but that sample was held out for validation and is "
+                "never trained on; name training samples."
+            )
 
     @override
     def mask(self, dataset: ImageDataset) -> Tensor:

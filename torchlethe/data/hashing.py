@@ -69,14 +69,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def random_bits(seed: int, epoch: Tensor, index: Tensor, streams: int) -> Tensor:
+def random_bits(seed: int, epoch: Tensor | int, index: Tensor, streams: int) -> Tensor:
     """Random integers that depend on nothing but (seed, epoch, index, stream).
 
     Any split of the samples into batches, ranks or runs gives each sample the same numbers, on CPU and CUDA alike.
 
     Args:
         seed: Any integer.
-        epoch: (B,) int64, the pass in which a sample is drawn.
+        epoch: (B,) int64, the pass in which a sample is drawn; or one number for all.
         index: (B,) int64, the identity of a sample.
         streams: How many independent numbers each sample needs.
 
@@ -87,6 +87,8 @@ def random_bits(seed: int, epoch: Tensor, index: Tensor, streams: int) -> Tensor
     >>> random_bits(7, zero, torch.tensor([4, 5]), 3).shape
     torch.Size([2, 3])
     """
+    if isinstance(epoch, int):
+        epoch = torch.full_like(index, epoch)
     key = _mix(_mix(epoch + _signed(mix_seed(seed) * 2 + 1)) + index + _signed(_GOLDEN))
     stream = torch.arange(1, streams + 1, device=key.device) * _signed(_GOLDEN)
     return (_mix(key[:, None] + stream) >> 32) & 0xFFFFFFFF

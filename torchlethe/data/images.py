@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -162,7 +163,7 @@ class InMemoryImages(ImageDataset):
     """A small data set as one uint8 tensor: a batch is one ``index_select``, with no Python per image.
 
     Args:
-        images: (N, C, H, W) uint8, shared by all subsets.
+        images: (N, C, H, W) uint8, a tensor or an array, shared by all subsets.
         labels: (N,) integers.
         indices: (N,) integers, positions in the original training set; 0 … N-1 by default.
         classes: Names of the classes.
@@ -179,7 +180,7 @@ class InMemoryImages(ImageDataset):
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | np.ndarray,
         labels: Tensor | Sequence[int],
         indices: Tensor | Sequence[int] | None = None,
         classes: Sequence[str] | None = None,
@@ -187,6 +188,7 @@ class InMemoryImages(ImageDataset):
         subclass_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(labels, indices, classes, subclasses, subclass_names)
+        images = torch.as_tensor(images)
         if images.dtype is not torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images is {images.dtype} {tuple(images.shape)}, but must be uint8 of shape (N, C, H, W)."

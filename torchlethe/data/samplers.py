@@ -33,14 +33,17 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 def shard(order: Tensor, num_replicas: int, rank: int, *, flag_padding: bool, drop_last: bool = False) -> Tensor:
     """The part of a global order that one rank reads.
 
-    With per-rank batches of size b, batch j of all ranks together holds exactly ``order[j*b*W:(j+1)*b*W]``.
+    With per-rank batches of size b, batch j of all ranks together holds exactly ``order[j*b*W:(j+1)*b*W]``. That needs
+    sizes divisible by the number of ranks; otherwise the last batch of a pass repeats up to W-1 samples, or without
+    repeats loses as many (``drop_last``).
 
     Args:
         order: (N,) int64 global order.
         num_replicas: Number of ranks W.
         rank: This rank.
-        flag_padding: How the order is filled up to a multiple of W: False wraps around to its beginning (training),
-            True appends flagged duplicates ``~position`` (evaluation), which data sets label -100.
+        flag_padding: How the order is filled up to a multiple of W: False wraps around to its beginning (training, as
+            torch's ``DistributedSampler``: the repeated samples count twice in the last batch), True appends flagged
+            duplicates ``~position`` (evaluation), which data sets label -100 and which count nowhere.
         drop_last: Cut the order down to a multiple of W instead.
 
     Returns:
@@ -84,7 +87,9 @@ class PositionedSampler(_Positioned):
     """Positions of one rank, in an order that depends on (seed, epoch) only.
 
     Global batch j of W ranks with batch size b holds ``order[j*b*W:(j+1)*b*W]``; rank r takes every W-th of these,
-    from the r-th on: W ranks with batch size b read together what one process with batch size b·W reads.
+    from the r-th on: W ranks with batch size b read together what one process with batch size b·W reads. In training
+    this holds for sizes divisible by the number of ranks; otherwise the last batch of a pass repeats up to W-1 samples,
+    unflagged, as torch's ``DistributedSampler`` does, and W ranks differ slightly from one. ``drop_last`` avoids it.
 
     Args:
         dataset: Anything with a length.
@@ -124,7 +129,9 @@ class RoleSampler(_Positioned):
     """Whole steps of an unlearning run: for each role that a step reads, its pass number and positions.
 
     Each role cycles through endless passes over its own data, each pass in a new order. Batches never span passes, so
-    the last batch of a pass may be short. Ranks share batches as in :class:`PositionedSampler`.
+    the last batch of a pass may be short. Ranks share batches as in :class:`PositionedSampler`, and read together what
+    one process reads for roles with sizes divisible by the number of ranks; otherwise the last batch of a pass over the
+    role repeats up to W-1 samples, unflagged.
 
     Args:
         feed: One of the feeds of :mod:`torchlethe.data.roles`.

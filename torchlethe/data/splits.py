@@ -66,8 +66,10 @@ def class_balanced(labels: Tensor, count: int, seed: int = 0) -> Tensor:
     share, rest = divmod(count, len(classes))
     quotas = [share + (i < rest) for i in range(len(classes))]
     if count <= 0 or any(quota > size for quota, size in zip(quotas, sizes.tolist(), strict=True)):
+        smallest = int(sizes.min())
+        before = int((sizes == smallest).nonzero()[0])  # the classes before the first that small may give one more
         raise ValueError(
-            f"subset is {count}, but the smallest class has {int(sizes.min())} samples, "
-            f"so a class-balanced subset has 1 to {int(sizes.min()) * len(classes)}."
+            f"subset is {count}, but the smallest class has {smallest} samples, "
+            f"so a class-balanced subset has 1 to {smallest * len(classes) + before}."
         )
     return _draw(labels, classes, quotas, seed)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from torchlethe.data.augmentation import Augmentation
-from torchlethe.data.batches import as_batch
+from torchlethe.data.batches import as_batch, unit_range
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.label_noise import LabelNoise
 from torchlethe.data.loaders import PositionedLoader
@@ -212,7 +212,7 @@ class ImageDataModule(LightningDataModule):
             if augment and self.augmentation is not None and "epoch" in batch:
                 key = self.seed if seed is None else seed
                 image = self.augmentation(image, batch["index"], batch["epoch"], batch.get("augment"), key)
-            image = image.float().div_(255)
+            image = unit_range(image)
             if self.input_size is not None and image.shape[-2:] != (self.input_size, self.input_size):
                 size = (self.input_size, self.input_size)
                 image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp_(0, 1)

@@ -18,6 +18,17 @@ _IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "jpg", "png")
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls", "y")
 
 
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "parquet files and hub data sets need the datasets library, install it with: "
+            "pip install 'torchlethe[datasets]'"
+        ) from error
+    return datasets
+
+
 def open_splits(path: str | Path, name: str | None = None) -> Any:
     """Open a data set by its hub name, a parquet file, a folder of parquet files or a folder of images.
 
@@ -30,9 +41,9 @@ def open_splits(path: str | Path, name: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such data, in one sentence.
+        ModuleNotFoundError: If the ``datasets`` library is not installed.
     """
-    from datasets import load_dataset
-
+    load_dataset = _library().load_dataset
     local = Path(path).expanduser()
     if local.is_file():
         return load_dataset("parquet", data_files={"train": str(local)})
@@ -99,9 +110,9 @@ def parse_columns(
     Raises:
         ValueError: If a column is missing or does not hold what it should.
     """
-    import datasets
     from PIL import Image
 
+    datasets = _library()
     image_column = _find(dataset, image_column, "image_column", _IMAGE_NAMES, datasets.Image)
     label_column = _find(dataset, label_column, "label_column", _LABEL_NAMES, datasets.ClassLabel)
     if isinstance(dataset.features[image_column], datasets.Image):

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchlethe.data.batches import as_batch
-from torchlethe.data.forget import ForgetRequest, ForgetSplit
+from torchlethe.data.batches import IMAGE_KEYS, as_batch, unit_range
+from torchlethe.data.forget import ForgetIndices, ForgetRequest, ForgetSplit
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.data.roles import ROLES, Feed, Single, feed_loader
@@ -40,7 +40,7 @@ class UnlearningDataModule(LightningDataModule):
 
     Attributes:
         split: The :class:`~torchlethe.data.ForgetSplit`, after :meth:`setup`. Its hash is stored in checkpoints, and a
-            checkpoint of another split is refused.
+            checkpoint of another split is refused when training goes on from it (not for test, validate or predict).
 
     Raises:
         ValueError: If the request does not fit the data, or ``batch_size`` is not positive.
@@ -86,9 +86,9 @@ class UnlearningDataModule(LightningDataModule):
         return isinstance(self.data, ImageDataModule)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes) if self._sets else getattr(self.data, "num_classes")  # noqa: B009
+    def num_classes(self) -> int | None:
+        """Number of classes; None before :meth:`setup` where the wrapped module does not say."""
+        return len(self.classes) if self._sets else getattr(self.data, "num_classes", None)
 
     @property
     def classes(self) -> list[str]:
@@ -118,6 +118,8 @@ class UnlearningDataModule(LightningDataModule):
         else:
             found = self._foreign_sets()
         self._sets = {name: dataset for name, dataset in found.items() if dataset is not None}
+        if self.native and "validation" in self._sets and isinstance(self.request, ForgetIndices):
+            self.request.refuse_held_out(self._sets["validation"])  # foreign validation sets count from 0 anew
         split = ForgetSplit.create(self._sets["train"], self.request)
         self._check(split.hash)
         self._sets["forget"] = self._sets["train"].subset(split.forget)
@@ -159,6 +161,10 @@ class UnlearningDataModule(LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         """Tear the wrapped module down."""
         self.data.teardown(stage)  # type: ignore[arg-type]
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the wrapped module clean up."""
+        self.data.on_exception(exception)
 
     # --- loaders ------------------------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class UnlearningDataModule(LightningDataModule):
         sets = {name: self.role_set(name) for name in ("forget", "remain", "test")}
         if "validation" in self._sets:
             sets["validation"] = self._sets["validation"]
-        if self.request.whole_class:
+        if self.request.divides(sets["test"]):
             mask = self.request.mask(sets["test"])
             parts = {"test_forget": sets["test"].subset(mask), "test_remain": sets["test"].subset(~mask)}
             sets.update({name: part for name, part in parts.items() if len(part)})
@@ -272,7 +278,8 @@ class UnlearningDataModule(LightningDataModule):
         batch = self.on_before_batch_transfer(batch, 0)
         if device is not None:
             batch = self.transfer_batch_to_device(batch, torch.device(device), 0)
-        return self.on_after_batch_transfer(batch, 0)
+        batch = self._after_transfer(batch)
+        return {role: as_batch(part) for role, part in batch.items()} if _by_role(batch) else as_batch(batch)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Call the hook of the wrapped module."""
@@ -287,6 +294,9 @@ class UnlearningDataModule(LightningDataModule):
         if type(self.data).on_after_batch_transfer is ImageDataModule.on_after_batch_transfer:
             assert isinstance(self.data, ImageDataModule)
             return as_input(self, self.data.prepare_batch(batch, augment=True, seed=self.seed))
+        return as_input(self, self._after_transfer(batch, dataloader_idx))
+
+    def _after_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         return _to_unit_range(self._delegate("on_after_batch_transfer", batch, dataloader_idx))
 
     def _delegate(self, name: str, batch: Any, *args: Any) -> Any:
@@ -299,8 +309,10 @@ class UnlearningDataModule(LightningDataModule):
             return getattr(super(), name)(batch, *args)
         if self.native or not isinstance(batch, dict):
             return hook(batch, *args)
-        if "image" not in batch:
+        if _by_role(batch):
             return {role: self._delegate(name, part, *args) for role, part in batch.items()}
+        if "image" not in batch:  # a batch of the wrapped module's own loaders
+            return hook(batch, *args)
         # A foreign hook expects (image, label): give it that, and let the rest go the usual way.
         rest = {key: value for key, value in batch.items() if key not in ("image", "label")}
         rest = getattr(super(), name)(rest, *args)
@@ -316,11 +328,13 @@ class UnlearningDataModule(LightningDataModule):
         """Restore the wrapped module.
 
         Raises:
-            ValueError: If the checkpoint was made with another split.
+            ValueError: If training is to go on from a checkpoint that was made with another split.
         """
-        self._expected_hash = state_dict["split"]
-        if self.split is not None:
-            self._check(self.split.hash)
+        # weights of any split may be tested, on any split
+        if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
+            self._expected_hash = state_dict["split"]
+            if self.split is not None:
+                self._check(self.split.hash)
         self.data.load_state_dict(state_dict["data"])
 
     def _check(self, found: str) -> None:
@@ -331,9 +345,17 @@ class UnlearningDataModule(LightningDataModule):
             )
 
 
+def _by_role(batch: Any) -> bool:
+    return isinstance(batch, dict) and bool(batch) and all(isinstance(part, dict) for part in batch.values())
+
+
 def _to_unit_range(batch: Any) -> Any:
-    if isinstance(batch, dict) and "image" not in batch:
+    """Bring uint8 images to [0, 1] in whatever form a batch has, and keep the form."""
+    if _by_role(batch):
         return {role: _to_unit_range(part) for role, part in batch.items()}
-    if isinstance(batch, dict) and isinstance(image := batch["image"], Tensor) and image.dtype is torch.uint8:
-        return {**batch, "image": image.float().div_(255)}
+    if isinstance(batch, dict):
+        return {**batch, **{key: unit_range(batch[key]) for key in IMAGE_KEYS if key in batch}}
+    if isinstance(batch, (list, tuple)) and len(batch) >= 2 and getattr(batch[0], "ndim", 0) == 4:
+        parts = [unit_range(batch[0]), *batch[1:]]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch

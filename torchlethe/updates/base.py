@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from torchlethe.data import Feed, model_input
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Backward = Callable[[Tensor], None]
+
+
+def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """SGD with the settings that unlearning methods are usually run with on CIFAR-10."""
+    return SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
 def plain_backward(loss: Tensor) -> None:
@@ -106,7 +111,7 @@ class LossUpdate(UpdateRule):
         optimizer: makes the optimizer from the parameters.
     """
 
-    def __init__(self, optimizer: OptimizerFactory) -> None:
+    def __init__(self, optimizer: OptimizerFactory = default_optimizer) -> None:
         self.optimizer = optimizer
 
     def configure(self, network: nn.Module) -> list[Optimizer]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchlethe.data import Single
-from torchlethe.updates.base import LossUpdate, OptimizerFactory, cross_entropy
+from torchlethe.updates.base import LossUpdate, OptimizerFactory, cross_entropy, default_optimizer
 
 
 class FineTuneUpdate(LossUpdate):
@@ -17,7 +17,7 @@ class FineTuneUpdate(LossUpdate):
         optimizer: makes the optimizer from the parameters.
     """
 
-    def __init__(self, optimizer: OptimizerFactory) -> None:
+    def __init__(self, optimizer: OptimizerFactory = default_optimizer) -> None:
         super().__init__(optimizer)
         self.feed = Single("remain")
 

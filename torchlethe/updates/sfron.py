@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from torchlethe.components import AdaptiveForgetLoss, DiagonalFisher, FastSlowUpdater, SaliencyMask
 from torchlethe.data import Interleaved
@@ -26,16 +26,12 @@ from torchlethe.updates.base import (
     UpdateRule,
     batch_norm_in_eval,
     cross_entropy,
+    default_optimizer,
     logits_and_labels,
     plain_backward,
 )
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], SaliencyMask]
-
-
-def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
-    """SGD with the published CIFAR-10 settings."""
-    return SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
 class SFRonUpdate(UpdateRule):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
-from torch.optim import SGD, Optimizer
 
 from torchlethe.lightning_modules.unlearning.base import UnlearningModule
 from torchlethe.updates import FineTuneUpdate
-
-
-def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
-    """SGD with the settings the baseline is usually run with."""
-    return SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+from torchlethe.updates.base import default_optimizer
 
 
 class FineTune(UnlearningModule):

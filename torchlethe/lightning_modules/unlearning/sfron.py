@@ -10,7 +10,8 @@ from torch import nn
 
 from torchlethe.lightning_modules.unlearning.base import UnlearningModule
 from torchlethe.updates import SFRonUpdate
-from torchlethe.updates.sfron import MaskRule, default_optimizer
+from torchlethe.updates.base import default_optimizer
+from torchlethe.updates.sfron import MaskRule
 
 
 class SFRon(UnlearningModule):
