@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+import time
 import zipfile
 from collections import OrderedDict
 
@@ -190,3 +191,126 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert file_hash(path) == before
     assert [file.name for file in tmp_path.iterdir()] == ["state.ckpt"]
     assert AtomicCheckpointIO().load_checkpoint(path) == {"epoch": 1}
+
+
+def doubled(one, other, first="student.", second="teacher."):
+    return {f"{first}{n}": v for n, v in one.state_dict().items()} | {
+        f"{second}{n}": v for n, v in other.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second"), [("student.", "teacher."), ("", "ema."), ("network.", "module.average.inner.")]
+)
+def test_two_networks_in_a_file_are_told_apart_by_the_reader(first, second, strict, tmp_path):
+    one, other, target = network(), network(), network()
+    path = save_weights(doubled(one, other, first, second), tmp_path / "both.safetensors")
+    shown = " and ".join(sorted(f"'{prefix.removeprefix('module.')}'" for prefix in (first, second)))
+    with pytest.raises(ValueError, match=f"both.safetensors' hold several networks .* the prefixes {shown}; choose"):
+        load_weights(target, path, strict=strict)
+    assert_same_bits(load_weights(target, path, strict=strict, prefix=second), other)
+    assert_same_bits(load_weights(target, path, prefix=second.rstrip(".")), other)
+    assert_same_bits(load_weights(target, path, strict=False, prefix=first), one)
+
+
+def test_three_networks_are_not_taken_for_none(tmp_path):
+    state = doubled(network(), network()) | {f"ema.{n}": v for n, v in network().state_dict().items()}
+    path = save_weights(state, tmp_path / "three.safetensors")
+    with pytest.raises(ValueError, match=r"prefixes 'ema\.' and 'student\.' and 'teacher\.'"):
+        load_weights(network(), path)
+
+
+def test_equal_copies_need_no_choice(tmp_path):
+    source = network()
+    path = save_weights(doubled(source, source), tmp_path / "both.safetensors")
+    assert_same_bits(load_weights(network(), path), source)
+
+
+def test_an_unknown_prefix_names_those_of_the_file(tmp_path):
+    path = save_weights(doubled(network(), network()), tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match=r"prefix 'studnet' is not in .*, whose parts are student\., teacher\.\.$"):
+        load_weights(network(), path, prefix="studnet")
+
+
+def test_a_file_without_any_fitting_tensor_is_refused_also_when_not_strict(tmp_path):
+    path = save_weights(nn.Linear(3, 5), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit SmallCNN: no tensor has a fitting name and shape\.$"):
+        load_weights(network(), path, strict=False)
+
+
+def test_wrappers_are_left_out_at_any_depth(tmp_path):
+    source = nn.Sequential(network(), nn.Linear(10, 2))
+    state = {name.replace("0.", "model.0._orig_mod.module.", 1): v for name, v in source[:1].state_dict().items()}
+    state |= {f"model.1.module.{name}": value for name, value in source[1].state_dict().items()}
+    path = save_weights(state, tmp_path / "wrapped.safetensors")
+    target = nn.Sequential(network(), nn.Linear(10, 2))
+    assert_same_bits(load_weights(target, path), source)
+    into = nn.DataParallel(nn.Sequential(network(), nn.Linear(10, 2)))
+    assert_same_bits(load_weights(into, path).module, source)
+
+
+def test_a_part_that_is_really_called_module_keeps_its_name(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.module = nn.Parameter(torch.rand(2)), nn.Module()
+            self.module.weight = nn.Parameter(torch.rand(2))
+
+    source = Twice()
+    path = save_weights(source, tmp_path / "twice.safetensors")
+    assert_same_bits(load_weights(Twice(), path), source)
+
+
+def test_the_old_double_suffix_is_read(tmp_path):
+    source = network()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "model_best.pth.tar")
+    assert_same_bits(load_weights(network(), tmp_path / "model_best.pth.tar"), source)
+
+
+def test_a_checkpoint_path_may_be_a_url(tmp_path):
+    url = (tmp_path / "a" / "last.ckpt").as_uri()
+    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, url)
+    assert (tmp_path / "a" / "last.ckpt").is_file()
+    assert AtomicCheckpointIO().load_checkpoint(url) == {"epoch": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_no_dangerous_file(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
+    path.chmod(0)
+    for read in (AtomicCheckpointIO().load_checkpoint, read_state_dict):
+        with pytest.raises(OSError, match=r"last.ckpt' cannot be read: Permission denied\.$"):
+            read(path)
+
+
+def test_an_error_of_the_disk_is_no_dangerous_file(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.symlink_to("/proc/self/mem")  # opens, and cannot be read at its start
+    if not path.is_file():
+        pytest.skip("needs /proc")
+    for read in (AtomicCheckpointIO().load_checkpoint, read_state_dict):
+        with pytest.raises(OSError, match=r"last.ckpt' cannot be read: .*\.$"):
+            read(path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"^'.*last.ckpt' is a folder, no file can be written in its place\.$"):
+        AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(IsADirectoryError, match=r"last.ckpt' is a folder, a file is needed\.$"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path):
+    names = {"old": ".a.abcd_123.tmp", "young": ".a.efgh5678.tmp", "other": ".a.b.ijkl9012.tmp", "foreign": ".a.tmp"}
+    for age, name in names.items():
+        (tmp_path / name).write_text("half")
+        if age != "young":
+            os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("whole")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", *names.values()} - {names["old"]}

@@ -7,12 +7,16 @@ leaves either the old file or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,39 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+PICKLED = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
+"""What ``torch.compile`` and data-parallel wrappers put into names, at any depth."""
+STALE_SECONDS = 3600.0
+
+
+def local_path(path: str | Path) -> Path:
+    """A path on this machine, also when it is given as a ``file:///…`` URL.
+
+    Example:
+        >>> local_path("file:///data/last.ckpt").as_posix()
+        '/data/last.ckpt'
+    """
+    # Path and Lightning turn file:///data into file:/data
+    return Path(re.sub(r"^file:/+", "/", str(path)))
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and move it into place when the block ends without an error.
 
+    What a process that was killed an hour ago or earlier left behind of the same file is removed.
+
     Args:
         path: the file to write; its folder is created.
 
     Yields:
         The path to write to. After an error it is removed and ``path`` is untouched.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
 
     Example:
         >>> import tempfile
@@ -45,7 +68,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         '97.3'
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder, no file can be written in its place.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -62,6 +88,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _remove_stale(path: Path) -> None:
+    # mkstemp fills in eight characters without a dot, so the file 'a' does not claim those of 'a.b'; a younger file
+    # may belong to a process that is writing right now
+    name = re.compile(re.escape(f".{path.name}.") + r"[^.]{8}\.tmp")
+    for found in path.parent.iterdir():
+        if name.fullmatch(found.name):
+            with contextlib.suppress(OSError):  # another process may remove it at the same time
+                if time.time() - found.stat().st_mtime > STALE_SECONDS:
+                    found.unlink()
+
+
 def file_hash(path: str | Path) -> str:
     """The SHA-256 of a file's content, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
@@ -72,18 +109,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weight file without executing anything in it.
 
     Args:
-        path: a ``.safetensors`` file, a Lightning ``.ckpt``, or a ``.pt``, ``.pth`` or ``.bin`` file that holds a state
-            dict, bare or under one of the usual keys (``state_dict``, ``model_state_dict``, ``model``, …).
+        path: a ``.safetensors`` file, a Lightning ``.ckpt``, or a ``.pt``, ``.pth``, ``.pth.tar`` or ``.bin`` file that
+            holds a state dict, bare or under one of the usual keys (``state_dict``, ``model``, …).
 
     Returns:
         The tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
         ValueError: the suffix is unknown, the file is damaged, holds no tensors, or would execute code.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise ValueError(f"weights '{path}' have the suffix '{path.suffix}', allowed are {', '.join(SUFFIXES)}.")
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}' do not exist.")
@@ -94,6 +132,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"weights '{path}' are no safetensors file: {error}.") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"weights '{path}' cannot be read: {error.strerror or error}.") from error
     except Exception:  # a crafted file can fail in any way the unpickler knows
         raise ValueError(
             f"weights '{path}' were refused: the file is damaged, or holds more than tensors and plain values "
@@ -114,69 +154,116 @@ def _find_state_dict(content: Any) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def load_weights(network: nn.Module, path: str | Path, strict: bool = True) -> nn.Module:
+def load_weights(network: nn.Module, path: str | Path, strict: bool = True, prefix: str | None = None) -> nn.Module:
     """Load a weight file into a network, whatever wrapper it was saved from.
 
-    Prefixes that wrappers add (``network.``, ``module.``, ``model.``, ``_orig_mod.``, …) are found by comparing names
-    and shapes, in both directions: a file saved without :class:`~torchlethe.models.Normalize` fits a network that has
-    it and keeps the network's own statistics, and the reverse. Missing ``num_batches_tracked`` counters are accepted.
+    Prefixes that wrappers add (``network.``, ``model.``, …) are found by comparing names and shapes, in both
+    directions: a file saved without :class:`~torchlethe.models.Normalize` fits a network that has it and keeps the
+    network's own statistics, and the reverse. ``_orig_mod.`` and ``module.`` do not count anywhere in a name. Missing
+    ``num_batches_tracked`` counters are accepted.
 
     Args:
         network: the network to fill, changed in place.
         path: see :func:`read_state_dict`.
         strict: whether every name and shape must match; otherwise what fits is loaded.
+        prefix: which part of the file to load, as ``"student"`` from a file with ``student.…`` and ``teacher.…``; by
+            default the part that fits best.
 
     Returns:
         The network.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file was refused or does not fit; the message names missing, unexpected and misshapen keys.
+        ValueError: the file was refused, does not fit (the message names missing, unexpected and misshapen keys; with
+            ``strict=False``, nothing fits), holds several networks that fit equally well, or has no such prefix.
 
     Note:
         Under DDP every rank reads the file.
     """
     found = read_state_dict(path)
     wanted = network.state_dict()
-    fitted, unexpected = _align(found, wanted)
-    misshapen = [name for name, value in fitted.items() if value.shape != wanted[name].shape]
+    candidates = _align(found, wanted, prefix)
+    if not candidates:
+        parts = sorted({f"{name.split('.')[0]}." for name in found if "." in name})
+        raise ValueError(f"prefix '{prefix}' is not in the weights '{path}', whose parts are {_shortened(parts)}.")
+    best = max(candidates, key=lambda candidate: candidate.rank)
+    misshapen = [name for name, value in best.fitted.items() if value.shape != wanted[name].shape]
     optional = _optional_names(network)
-    missing = [name for name in wanted if name not in fitted and name not in optional]
-    if strict and (missing or unexpected or misshapen):
-        shapes = [f"{n} (file {tuple(fitted[n].shape)}, network {tuple(wanted[n].shape)})" for n in misshapen]
-        parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)]
-        what = "; ".join(f"{title}: {_shortened(names)}" for title, names in parts if names)
+    missing = [name for name in wanted if name not in best.fitted and name not in optional]
+    rivals = [other for other in candidates if other.rank[0] == best.rank[0] > 0 and not best.holds_the_same(other)]
+    # where nothing fits as a whole, the keys say more than the prefixes of accidental fits
+    if rivals and not (strict and (missing or misshapen)):
+        names = " and ".join(f"'{one.prefix}'" for one in sorted((best, *rivals), key=lambda one: one.prefix))
+        raise ValueError(
+            f"weights '{path}' hold several networks that fit {type(network).__name__}, with the prefixes {names}; "
+            "choose one with the argument prefix."
+        )
+    if strict and (missing or best.unexpected or misshapen):
+        shapes = [f"{n} (file {tuple(best.fitted[n].shape)}, network {tuple(wanted[n].shape)})" for n in misshapen]
+        reasons = [("missing", missing), ("unexpected", best.unexpected), ("wrong shape", shapes)]
+        what = "; ".join(f"{title}: {_shortened(names)}" for title, names in reasons if names)
         raise ValueError(f"weights '{path}' do not fit {type(network).__name__}: {what}.")
-    for name in misshapen:
-        del fitted[name]
+    fitted = {name: value for name, value in best.fitted.items() if name not in misshapen}
+    if not fitted:
+        raise ValueError(
+            f"weights '{path}' do not fit {type(network).__name__}: no tensor has a fitting name and shape."
+        )
     network.load_state_dict(fitted, strict=False)
     return network
 
 
-def _align(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename the found tensors to the wanted names; also return the names that were left over."""
-    best: tuple[int, int, dict[str, Tensor], list[str]] | None = None
-    for outer in _prefixes(found):
-        inner = {name.removeprefix(outer): value for name, value in found.items() if name.startswith(outer)}
-        for added in _prefixes(wanted):
-            fitted = {added + name: value for name, value in inner.items() if added + name in wanted}
+@dataclass(frozen=True)
+class _Candidate:
+    """One part of a file: its tensors under the network's names, what else is in it, and how well that fits."""
+
+    prefix: str
+    fitted: dict[str, Tensor]
+    unexpected: list[str]
+    rank: tuple[int, int]
+
+    def holds_the_same(self, other: _Candidate) -> bool:
+        """Whether loading the other would give the same network."""
+        return self.fitted.keys() == other.fitted.keys() and all(
+            value is other.fitted[name]
+            or (value.dtype == other.fitted[name].dtype and torch.equal(value, other.fitted[name]))
+            for name, value in self.fitted.items()
+        )
+
+
+def _align(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str | None) -> list[_Candidate]:
+    """Rename the found tensors to the wanted names, in the best way for each prefix in the file."""
+    plain, target = ({WRAPPERS.sub("", name): name for name in names} for names in (found, wanted))
+    if len(plain) < len(found) or len(target) < len(wanted):  # the wrapper's name tells two tensors apart
+        plain, target = {name: name for name in found}, {name: name for name in wanted}
+    elif prefix:
+        prefix = WRAPPERS.sub("", f"{prefix.rstrip('.')}.")
+    shared = min(len(found), len(wanted)) / 2
+    outers = _prefixes(plain, shared) if prefix is None else [f"{prefix.rstrip('.')}." if prefix else ""]
+    candidates = []
+    for outer in outers:
+        inner = {name.removeprefix(outer): found[plain[name]] for name in plain if name.startswith(outer)}
+        if not inner:
+            continue
+        options = []
+        for added in _prefixes(target, shared):
+            fitted = {target[added + name]: value for name, value in inner.items() if added + name in target}
             same_shape = sum(value.shape == wanted[name].shape for name, value in fitted.items())
-            # what a checkpoint holds beside the network (metrics, teachers) is no concern of the network's
-            unexpected = [name for name in inner if added + name not in wanted]
-            rank = (same_shape, -len(unexpected) - len(outer) - len(added))
-            if best is None or rank > best[:2]:
-                best = (*rank, fitted, unexpected)
-    assert best is not None  # the empty prefix is always tried
-    return best[2], best[3]
+            # what a checkpoint holds beside the network (metrics, losses) is no concern of the network's
+            unexpected = [name for name in inner if added + name not in target]
+            options.append(
+                _Candidate(outer, fitted, unexpected, (same_shape, -len(unexpected) - len(outer) - len(added)))
+            )
+        candidates.append(max(options, key=lambda option: option.rank))
+    return candidates
 
 
-def _prefixes(names: Mapping[str, Any], depth: int = 3) -> list[str]:
-    """The prefixes that could be a wrapper's: those that at least half of the names share."""
+def _prefixes(names: Iterable[str], at_least: float, depth: int = 3) -> list[str]:
+    """The prefixes that could be a wrapper's: those that enough names share."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")[:-1][:depth]
         counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
-    return ["", *(prefix for prefix, count in counts.items() if 2 * count >= len(names))]
+    return ["", *(prefix for prefix, count in counts.items() if count >= at_least)]
 
 
 def _optional_names(network: nn.Module) -> set[str]:

@@ -180,6 +180,35 @@ def test_the_module_keeps_its_own_network(tmp_path, retrained):
     assert metrics["meta"]["original"]["sha256"] == metrics["meta"]["reference"]["sha256"]
 
 
+def test_the_network_may_have_another_name(tmp_path, retrained):
+    class Renamed(Somebodys):
+        def __init__(self):
+            super().__init__()
+            self.model = self.network
+            del self.network
+
+        def forward(self, image):
+            return self.model(image)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    folder, reference = retrained
+    weights = folder / "weights.pt"
+    module = Renamed()
+    network = module.model
+    callback = UnlearningEvaluation(weights, weights, loaders=Loaders(), attribute="model", before=False)
+    fit(tmp_path / "run", callback, module)
+    assert module.model is network
+    theirs = outputs(reference.network, "forget")
+    _, arrays = read(tmp_path / "run")
+    for model in ("original", "reference"):
+        expected = confidence(theirs.logits.double(), theirs.labels)
+        np.testing.assert_allclose(arrays[f"confidence_forget_{model}"], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="needs a module with a 'network' to load the weights into"):
+        fit(tmp_path / "again", UnlearningEvaluation(weights, loaders=Loaders()), Renamed())
+
+
 def test_a_request_by_class_on_real_data(tmp_path):
     data = forgetful_digits(ForgetClasses([3]), validation=0.1)
     module = Classifier(small_network(), 10, optimizer=sgd())
@@ -281,6 +310,8 @@ def test_a_resumed_fit_remembers_original_and_time(tmp_path):
 def test_numbers_reach_the_logger(tmp_path):
     logger = CSVLogger(tmp_path, name="logs", version=0)
     fit(tmp_path, UnlearningEvaluation(loaders=Loaders()), logger=logger)
+    assert (tmp_path / "logs" / "version_0" / "evaluation.json").is_file()
+    assert not (tmp_path / "evaluation.json").exists()
     header = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"forget_accuracy", "mia_confidence_svc", "original_test_accuracy"} <= set(header)
 

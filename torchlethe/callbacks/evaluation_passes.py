@@ -57,22 +57,25 @@ def check_loaders(loaders: Mapping[str, Any]) -> None:
     check_complete(loaders)
 
 
-def check_weights(trainer: Trainer, pl_module: LightningModule, argument: str, path: Path) -> None:
+def check_weights(
+    trainer: Trainer, pl_module: LightningModule, argument: str, path: Path, attribute: str = "network"
+) -> None:
     """Check that a weight file can be borrowed for a pass.
 
     Args:
         trainer: the running Trainer.
-        pl_module: the module whose ``network`` is to take the weights.
+        pl_module: the module of which a part is to take the weights.
         argument: the name that the user knows the file by, for the message.
         path: the weight file.
+        attribute: the name of that part.
 
     Raises:
-        ValueError: the file does not exist, the module has no network, or the network is sharded.
+        ValueError: the file does not exist, the module has no such part, or its network is sharded.
     """
     if not path.is_file():
         raise ValueError(f"{argument}='{path}' does not exist.")
-    if not isinstance(getattr(pl_module, "network", None), nn.Module):
-        raise ValueError(f"{argument}='{path}' needs a module with a 'network' to load the weights into.")
+    if not isinstance(getattr(pl_module, attribute, None), nn.Module):
+        raise ValueError(f"{argument}='{path}' needs a module with a '{attribute}' to load the weights into.")
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
         raise ValueError(f"{argument}='{path}' cannot be loaded beside a sharded network, evaluate it with DDP.")
 
@@ -84,6 +87,7 @@ def collect_outputs(
     *,
     names: Sequence[str] | None = None,
     weights: Path | None = None,
+    attribute: str = "network",
 ) -> dict[str, Outputs]:
     """Pass evaluation sets through the module once: in eval mode, without gradients, in the Trainer's precision.
 
@@ -96,7 +100,8 @@ def collect_outputs(
         loaders: data loaders by set name, in a fixed order; without them the datamodule's ``evaluation_loaders()`` and,
             where it has one, its ``prepare_batch``.
         names: sets to pass, all by default.
-        weights: file to load into a copy of the module's ``network`` for these passes.
+        weights: file to load into a copy of a part of the module for these passes.
+        attribute: the name of that part.
 
     Returns:
         The outputs by set name, ordered by the samples' index. Under DDP each rank passes its share, and the outputs
@@ -106,7 +111,7 @@ def collect_outputs(
         ValueError: a required set is missing, a set is empty, or ``forward`` gives something else than logits.
     """
     # an iterator over a DataLoader draws from the global generator; training must not notice
-    with isolate_rng(), torch.no_grad(), eval_mode(pl_module), borrowed_weights(pl_module, weights):
+    with isolate_rng(), torch.no_grad(), eval_mode(pl_module), borrowed_weights(pl_module, weights, attribute):
         prepare = plain_batch
         if loaders is None:
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -155,22 +160,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def borrowed_weights(pl_module: LightningModule, weights: Path | None) -> Iterator[None]:
-    """Inside the block, the module's ``network`` is a copy of itself in eval mode with the weights of a file.
+def borrowed_weights(pl_module: LightningModule, weights: Path | None, attribute: str = "network") -> Iterator[None]:
+    """Inside the block, a part of the module is a copy of itself in eval mode with the weights of a file.
 
     Args:
-        pl_module: a module with a ``network``; it gets the very same object back.
+        pl_module: a module with such a part; it gets the very same object back.
         weights: file for :func:`torchlethe.io.load_weights`; nothing happens without one.
+        attribute: the name of the part.
     """
     if weights is None:
         yield
         return
-    own: nn.Module = pl_module.network  # type: ignore[assignment]
-    pl_module.network = load_weights(copy.deepcopy(own), weights).eval()
+    own: nn.Module = getattr(pl_module, attribute)
+    setattr(pl_module, attribute, load_weights(copy.deepcopy(own), weights).eval())
     try:
         yield
     finally:
-        pl_module.network = own
+        setattr(pl_module, attribute, own)
 
 
 def _pass(trainer: Trainer, pl_module: LightningModule, name: str, loader: Any, prepare: Callable[..., Any]) -> Outputs:

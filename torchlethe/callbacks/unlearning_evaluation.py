@@ -21,6 +21,7 @@ from torchlethe.callbacks.evaluation_record import (
     write_evaluation,
 )
 from torchlethe.callbacks.run_clock import RunClock
+from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.functional.summary import TUG_OF_WAR_METRICS, average_gap, speed_up, tug_of_war
 from torchlethe.metrics.evaluation import (
     DIVERGENCES,
@@ -57,7 +58,7 @@ class UnlearningEvaluation(RunClock):
 
     Args:
         reference: weights of the model retrained without the forget set, for :func:`torchlethe.io.load_weights` into a
-            copy of the module's ``network``.
+            copy of the module's ``attribute``.
         original: weights of the model before unlearning; without them the module's own weights at fit start serve.
         before: whether to evaluate the module on the forget and test set at fit start as the original; without effect
             when ``original`` is given or a fit is resumed (the checkpoint remembers).
@@ -66,13 +67,15 @@ class UnlearningEvaluation(RunClock):
         divergences: distances to the reference on the forget set: ``kl``, ``js``, ``activation_distance``,
             ``completeness``, ``wasserstein1_confidence``, ``wasserstein1_loss``.
         stages: when to evaluate: at the end of ``fit``, of ``test``, or both.
-        filename: name of the JSON file in the Trainer's ``default_root_dir``; the arrays get the suffix ``.npz``.
+        filename: name of the JSON file in the run's folder (the logger's, else the Trainer's ``default_root_dir``); the
+            arrays get the suffix ``.npz``.
         loaders: data loaders by set name, at least ``forget``, ``remain`` and ``test``, in place of the datamodule's
             ``evaluation_loaders()``. Batches may be plain ``(image, label)`` tuples and are given to ``forward`` as
             they are (uint8 images divided by 255); they must not be shuffled.
         seed: seed of the attacks' random choices.
         svc_mode: ``auto`` merges scalar features on a grid (fast), ``exact`` does not.
         table: whether to show a table on rank 0 when the Trainer shows progress.
+        attribute: the part of the module that takes the weights of ``reference`` and ``original``.
 
     Raises:
         ValueError: an argument is unknown; or, before training starts, no data are available, a weight file is
@@ -103,6 +106,7 @@ class UnlearningEvaluation(RunClock):
         seed: int = 0,
         svc_mode: SVCMode = "auto",
         table: bool = True,
+        attribute: str = "network",
     ) -> None:
         super().__init__()
         for argument, values, allowed in (("divergences", divergences, DIVERGENCES), ("stages", stages, STAGES)):
@@ -123,6 +127,7 @@ class UnlearningEvaluation(RunClock):
         self.seed = seed
         self.svc_mode: SVCMode = svc_mode
         self.table = table
+        self.attribute = attribute
         self._before: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,7 +146,7 @@ class UnlearningEvaluation(RunClock):
             )
         for argument, path in (("reference", self.reference), ("original", self.original)):
             if path is not None:
-                check_weights(trainer, pl_module, argument, path)
+                check_weights(trainer, pl_module, argument, path, self.attribute)
         own, other = split_hash(trainer), self._reference_evaluation().get("meta", {}).get("split_hash")
         if own and other and own != other:
             raise ValueError(
@@ -183,15 +188,19 @@ class UnlearningEvaluation(RunClock):
         known = usable_metrics(retrain, split_hash(trainer), self._settings, self._gap_names)
         known = trainer.strategy.broadcast(known, src=0)
         sets = {"": collect_outputs(trainer, pl_module, self.loaders)}
-        if self.original:
-            sets["original"] = collect_outputs(trainer, pl_module, self.loaders, weights=self.original)
-        if self.reference:
-            names = ("forget",) if known else REQUIRED
-            sets["reference"] = collect_outputs(trainer, pl_module, self.loaders, names=names, weights=self.reference)
+        folder = run_folder(trainer)  # on every rank
+        for title, weights, names in (
+            ("original", self.original, None),
+            ("reference", self.reference, ("forget",) if known else REQUIRED),
+        ):
+            if weights:
+                sets[title] = collect_outputs(
+                    trainer, pl_module, self.loaders, names=names, weights=weights, attribute=self.attribute
+                )
         result: dict[str, float] | Exception = {}
         if trainer.is_global_zero:
             try:
-                result = self._conclude(trainer, sets, known, retrain.get("run_seconds"), started)
+                result = self._conclude(trainer, folder, sets, known, retrain.get("run_seconds"), started)
             except (ValueError, OSError) as error:
                 result = error  # it must reach the ranks that wait for the numbers
         result = trainer.strategy.broadcast(result, src=0)
@@ -201,7 +210,13 @@ class UnlearningEvaluation(RunClock):
         trainer.callback_metrics.update(tensors)
 
     def _conclude(
-        self, trainer: Trainer, sets: OutputSets, known: dict[str, float], retrain_seconds: float | None, started: float
+        self,
+        trainer: Trainer,
+        folder: Path,
+        sets: OutputSets,
+        known: dict[str, float],
+        retrain_seconds: float | None,
+        started: float,
     ) -> dict[str, float]:
         """The flat metrics of the run (named ``""``) and the other models, written, logged and shown."""
         summaries = {title: self._summarise(outputs) for title, outputs in sets.items()}
@@ -227,7 +242,7 @@ class UnlearningEvaluation(RunClock):
             weights = {"reference": self.reference, "original": self.original}
             meta = describe_run(trainer, sets[""], weights, self._settings, seconds)
             confidences = {title: summary["confidence"] for title, summary in summaries.items()}
-            write_evaluation(Path(trainer.default_root_dir) / self.filename, metrics, meta, sets[""], confidences)
+            write_evaluation(folder / self.filename, metrics, meta, sets[""], confidences)
             publish(trainer, metrics, self.table)
         return metrics
 
