@@ -1,16 +1,21 @@
 """The command as a user meets it."""
 
+import pickle
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import SaveConfigCallback
 
-from torchlethe import __version__
+from torchlethe import __version__, callbacks
 from torchlethe._cli.catalog import KINDS, entries, find_config, first_sentence
 from torchlethe._cli.errors import explain
+from torchlethe._cli.lightning import run
 from torchlethe.cli import COMMANDS, main
 
 FIT = shlex.split(
@@ -61,6 +66,18 @@ def test_everything_listed_has_a_sentence(kind):
     assert [entry.name for entry in found if not entry.summary] == []
 
 
+def test_the_list_of_callbacks_holds_callbacks_only():
+    exported = {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Callback)}
+    assert {entry.name for entry in entries("callbacks")} == exported
+
+
+def test_networks_are_models(capsys):
+    assert main(["list", "networks"]) == 0
+    networks = capsys.readouterr().out
+    assert main(["list", "models"]) == 0
+    assert networks == capsys.readouterr().out
+
+
 def test_shipped_configurations_are_found_by_their_listed_name(tmp_path):
     for name in ("digits/study.yaml", "configs/digits/study.yaml"):
         assert find_config(name).endswith("configs/digits/study.yaml")
@@ -95,6 +112,17 @@ ERRORS = {
     "DRY --trainer.max_epochs three": ["--trainer.max_epochs", "three", "int"],
     "DRY --trainer.accelerator gpuu": ["gpuu", "cuda"],
     "DRY --trainer.accelerator cpu --trainer.devices 4096": ["--trainer.devices is 4096", "CPU cores"],
+    "fit --config digits/sfron.yaml --model.optimizer.lr 0.02": [
+        "'model.optimizer.lr' is given before its class",
+        "--model.optimizer SGD --model.optimizer.lr 0.02",
+    ],
+    "DRY --model.lr_scheduler.T_max 3": ["--model.lr_scheduler CosineAnnealingLR --model.lr_scheduler.T_max 3"],
+    "fit --model Classifier --model.network.in_channels 3": ["--model.network CLASS --model.network.in_channels 3"],
+    "DRY --data UnlearningDataModule --data.forget.classes [3]": ["--data.forget CLASS --data.forget.classes"],
+    "fit --config digits/forget_class.yaml --config digits/sfron.yaml": [
+        "SFRon changes a trained network",
+        "--model.weights",
+    ],
     "DRY --data.batch_sise 3": ["--data.batch_sise", "did you mean 'batch_size'"],
     "DRY --data.batch_size three": ["--data.batch_size", "three", "int"],
     "DRY --data.batch_size 0": ["batch_size is 0"],
@@ -173,14 +201,91 @@ def test_print_config_round_trips(tmp_path, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_a_run_can_be_repeated_and_leaves_its_files(tmp_path):
+def test_a_run_can_be_repeated_and_leaves_its_files(tmp_path, capsys):
     options = ["--trainer.max_steps=1", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
     for _ in range(2):
         assert main([*FIT, *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "files  ."
     assert (tmp_path / "weights.safetensors").is_file()
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["seed_everything"] == 0
     assert saved["model"]["class_path"] == "torchlethe.lightning_modules.Classifier"
+
+
+def test_a_run_with_a_logger_says_where_its_files_are(tmp_path, capsys):
+    assert main([*FIT, "--trainer.max_steps=1", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "files  logs/lightning_logs/version_0"
+    assert (tmp_path / "logs/lightning_logs/version_0/config.yaml").is_file()
+
+
+def test_predictions_are_written(tmp_path):
+    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    assert main(["predict", *FIT[1:], *options]) == 0
+    with np.load(tmp_path / "predictions.npz") as arrays:
+        assert arrays["logits"].shape == (len(arrays["index"]), 10)
+    (tmp_path / "predictions.npz").unlink()
+    assert (
+        main(
+            [
+                "predict",
+                *FIT[1:],
+                *options,
+                "--trainer.callbacks+=SavePredictions",
+                "--trainer.callbacks.filename=mine.npz",
+            ]
+        )
+        == 0
+    )
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["mine.npz"]
+
+
+def test_the_configuration_callback_can_be_sent_to_other_processes(tmp_path):
+    cli = run("fit", [*FIT[1:], "--trainer.max_steps=1", "--trainer.logger=false"])
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, SaveConfigCallback))
+    received = pickle.loads(pickle.dumps(callback))
+    assert received.config.as_dict().keys() == callback.config.as_dict().keys()
+
+
+VIT = "torchlethe.models.VisionTransformer"
+NETWORK = {"class_path": "SmallCNN", "init_args": {"num_classes": 10, "in_channels": 1, "image_size": 32}}
+
+
+def test_what_another_class_takes_over_from_a_file_is_noted(tmp_path, capfd):
+    layers = {
+        "base.yaml": {"class_path": "Classifier", "init_args": {"num_classes": 10, "network": NETWORK}},
+        "other.yaml": {"class_path": "Classifier", "init_args": {"network": {"class_path": VIT}}},
+        "same.yaml": {"class_path": "Retrain"},
+    }
+    for name, model in layers.items():
+        (tmp_path / name).write_text(yaml.safe_dump({"model": model}))
+
+    def notes(*words):
+        main(["fit", "--config", "base.yaml", *words, *DRY, "--trainer.callbacks+=EarlyStopping"])  # stops there
+        return [line for line in capfd.readouterr().err.splitlines() if "kept" in line]
+
+    for words in (["--model.network", VIT], ["--config", "other.yaml"]):
+        (note,) = notes(*words)
+        assert note.startswith("lethe fit: note: model.network: ")
+        assert "in_channels=1" in note
+        assert note.endswith(" kept from a file.")
+    assert notes("--model.network.image_size", "8") == []
+    assert notes("--config", "same.yaml") == []
+    (note,) = notes("--model.network", VIT, "--model.network.in_channels", "1")
+    assert "in_channels" not in note
+
+
+def test_a_network_with_weights_of_its_own_can_be_unlearned(tmp_path, monkeypatch):
+    (tmp_path / "own_network.py").write_text(
+        "from torchlethe.models import MLP\nfrom torchlethe.models import normalized\n"
+        "def pretrained_mlp(pretrained: bool = False) -> MLP:\n    return MLP()\n"
+        "def wrapped(network: MLP) -> MLP:\n    return network\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["fit", "--config", "digits/forget_class.yaml", "--model", "FineTune", "--model.num_classes", "10"]
+    words += ["--model.network", "own_network.wrapped", "--model.network.network", "own_network.pretrained_mlp"]
+    words += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    assert main(words) == 2
+    assert main([*words, "--model.network.network.pretrained", "true"]) == 0
 
 
 def test_a_typed_argument_is_never_dropped(capfd):

@@ -194,7 +194,7 @@ def test_the_command_from_file_to_report(tmp_path, monkeypatch, capfd):
     html = Path("out/report.html").read_text()
     assert "lethe study study.yaml --output out" in html
     assert str(tmp_path) not in html  # nothing of the machine
-    assert main(["study", "study.yaml", "--output", "out", "--dry-run"]) == 0
+    assert main(["study", "study.yaml", "--output", "out", "--dry_run"]) == 0
     assert "0 of 5 stages would run" in capfd.readouterr().err
     assert main(["study", "study.yaml", "--output", "out", "--force", "sfron"]) == 0
     assert "1 stages run, 4 kept" in capfd.readouterr().err

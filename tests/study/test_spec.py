@@ -1,10 +1,13 @@
 """What a study file may say, and what it hears otherwise."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from torchlethe._cli.catalog import configs_folder
 from torchlethe._cli.errors import UsageError
 from torchlethe.study import load_study, plan_jobs
 
@@ -143,3 +146,17 @@ def test_errors_are_one_sentence(content, parts, tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"absent.yaml"):
         load_study(tmp_path / "absent.yaml")
+
+
+def test_the_documented_study_is_sound(tmp_path):
+    page = (configs_folder().parent / "docs" / "studies.md").read_text("utf-8")
+    (text,) = re.findall(r"```yaml\n(.+?)```", page, re.DOTALL)
+    shutil.copytree(configs_folder() / "digits", tmp_path / "digits")
+    (tmp_path / "digits" / "documented.yaml").write_text(text)
+    documented = load_study(tmp_path / "digits" / "documented.yaml")
+    shipped = load_study(tmp_path / "digits" / "study.yaml")
+    assert documented.seeds == shipped.seeds
+    assert documented.output == shipped.output
+    assert (documented.reference, documented.original) == (shipped.reference, shipped.original)
+    assert set(documented.stages) == {"original", "retrain", "original_judged", "sfron"}
+    assert all(set(job.inputs) for job in plan_jobs(documented) if job.stage.name in ("original_judged", "sfron"))

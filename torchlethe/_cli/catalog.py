@@ -24,6 +24,7 @@ FOLDERS = {
     "optimizers": "optimizers",
 }
 KINDS = (*FOLDERS, "configs")
+ALIASES = {"networks": "models"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def entries(kind: str) -> tuple[Entry, ...]:
     for path in sorted(folder.rglob("*.py")) if folder.is_dir() else ():
         group = path.parent.relative_to(folder).as_posix()
         for name, summary in _definitions(path):
-            if public is None or name in public:
+            if (public is None or name in public) and (kind != "callbacks" or name in _callbacks()):
                 found.setdefault(name, Entry(name, summary, "" if group == "." else group))
     return tuple(sorted(found.values(), key=lambda entry: (entry.group, entry.name.lower())))
 
@@ -103,6 +104,19 @@ def _definitions(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name, first_sentence(ast.get_docstring(node) or "")
+
+
+@cache
+def _callbacks() -> frozenset[str]:
+    """The classes in the callbacks' folder that derive from a class of Lightning, by way of others or not."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (PACKAGE / FOLDERS["callbacks"]).rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("lightning.pytorch")]
+    known = {alias.asname or alias.name for node in imports for alias in node.names}
+    parents = {n.name: {ast.unparse(b).split(".")[-1] for b in n.bases} for n in nodes if isinstance(n, ast.ClassDef)}
+    while more := {name for name, bases in parents.items() if bases & known and name not in known}:
+        known |= more
+    return frozenset(known & parents.keys())
 
 
 def first_sentence(text: str) -> str:
@@ -130,7 +144,7 @@ def show(words: Sequence[str]) -> int:
     """Print the tables of ``lethe list [KIND …]``.
 
     Args:
-        words: kinds to show; all of them by default.
+        words: kinds to show, ``networks`` being another word for ``models``; all of them by default.
 
     Returns:
         The exit status.
@@ -141,6 +155,7 @@ def show(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         Console().print(f"usage: lethe list [{' | '.join(KINDS)}]", markup=False, highlight=False)
         return 0
+    words = [ALIASES.get(word, word) for word in words]
     for word in words:
         if word not in KINDS:
             raise UsageError(f"there is no list of '{word}'{suggest(word, KINDS)}")

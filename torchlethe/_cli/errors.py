@@ -26,6 +26,8 @@ BASES = (
     "torch.optim.Optimizer",
     "torch.optim.lr_scheduler.LRScheduler",
 )
+# a class to name where only the base class is known
+EXAMPLES = {"Optimizer": "SGD", "LRScheduler": "CosineAnnealingLR", "Union": "CosineAnnealingLR"}
 
 
 class UsageError(ValueError):
@@ -171,16 +173,19 @@ def _explain_parser(message: str) -> str:
 
     if found := re.search(r"Option '(.+?)' is not accepted", leaf.text):
         name = found.group(1).removeprefix("init_args.").split(".")[0]
-        if owner in ("LightningModule", "LightningDataModule"):
-            key = leaf.keys[0] if leaf.keys else "model"
-            return (
-                f"'{key}.{name}' is given before its class; name the class first: --{key} CLASS, or class_path in YAML"
-            )
         class_path = leaf.class_path
         # the classes of factories are only named in the value
         inner = re.findall(r"class_path='([^']+)'", leaf.text)
         if inner:
             class_path = inner[-1]
+        if _is_base(class_path):
+            key = ".".join(leaf.keys) or "model"
+            example = EXAMPLES.get(class_path.rsplit(".", 1)[-1], "CLASS")
+            typed = re.search(
+                rf"Given value: NestedArg\(key='[^']*\b{name}', val='?([^'\s]{{1,40}}?)'?\)$", message, re.M
+            )
+            first = f"--{key} {example}" + (f" --{key}.{name} {typed[1]}" if typed else "")
+            return f"'{key}.{name}' is given before its class; name the class first: {first}, or class_path in YAML"
         accepted = parameters(class_path)
         if name in accepted:
             return f"{option}.{name}: the arguments around it decide about '{name}', it cannot be given here"
@@ -197,6 +202,15 @@ def _explain_parser(message: str) -> str:
     if given and text.startswith("expected") and ", got " not in text and len(given.group(1)) < 80:
         text += f", got {_plain(given.group(1))}"
     return f"{option}: {text}" if option and text.startswith("expected") else text
+
+
+def _is_base(class_path: str) -> bool:
+    """Whether a class stands for its subclasses: nobody has named one yet."""
+    module, _, name = class_path.rpartition(".")
+    if class_path == "typing.Union" or name in {base.rsplit(".", 1)[-1] for base in BASES}:  # a Union: LR schedulers
+        return True
+    target = getattr(sys.modules.get(module), name, None)
+    return inspect.isclass(target) and bool(target.__subclasses__()) and not parameters(class_path)
 
 
 def _plain(text: str) -> str:

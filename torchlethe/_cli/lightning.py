@@ -20,7 +20,8 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -31,6 +32,8 @@ from torchlethe._cli.errors import UsageError, close_match
 # Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
 REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
 ADVERTISEMENTS = ("💡 Tip",)
+ARGUMENTS_LOG = logging.getLogger("torchlethe.arguments")
+ARGUMENTS_LOG.addHandler(logging.NullHandler())
 
 
 def run(command: str, words: Sequence[str]) -> LetheCLI:
@@ -95,23 +98,29 @@ class _Dropped(logging.Handler):
                 self.found[old, new, name] = None
 
 
+def _target(class_path: str | None) -> Any:
+    """The class or factory of a path whose module is imported; None otherwise."""
+    module, _, name = (class_path or "").rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
 def _defaults(class_path: str) -> dict[str, Any]:
-    module, _, name = class_path.rpartition(".")
-    target = getattr(sys.modules.get(module), name, None)
+    target = _target(class_path)
     if target is None:
         return {}
     return {key: parameter.default for key, parameter in inspect.signature(target).parameters.items()}
 
 
 class LetheCLI(LightningCLI):
-    """One plain call of LightningCLI, with three additions.
+    """One plain call of LightningCLI, with four additions.
 
     What a user typed is never dropped in silence: changing a class in a later layer drops the arguments that the new
-    class lacks, which is an error for typed arguments and a note for those of files. The hyper-parameters of
-    ``--ckpt_path`` go in front of the configuration (Lightning's rule), behind what was typed; each difference is one
-    note. And every run gets :class:`~torchlethe.checkpoint_io.AtomicCheckpointIO`,
-    :class:`~torchlethe.callbacks.NonFiniteGuard` and :class:`~torchlethe.callbacks.ExportWeights`, unless the
-    configuration brings its own.
+    class lacks, which is an error for typed arguments and a note for those of files; what an unrelated class takes over
+    is a note too. The hyper-parameters of ``--ckpt_path`` go in front of the configuration (Lightning's rule), behind
+    what was typed; each difference is one note. Every run gets :class:`~torchlethe.checkpoint_io.AtomicCheckpointIO`
+    and :class:`~torchlethe.callbacks.NonFiniteGuard`, a fit :class:`~torchlethe.callbacks.ExportWeights` and a
+    prediction :class:`~torchlethe.callbacks.SavePredictions`, unless the configuration brings its own. And a method
+    that changes a trained network is refused a random one.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -121,12 +130,9 @@ class LetheCLI(LightningCLI):
     def __init__(self, command: str, words: Sequence[str]) -> None:
         self.command = command
         self.words = list(words)
-        self.dropped = _Dropped()
-        log = logging.getLogger("torchlethe.arguments")
-        log.propagate = False
-        log.setLevel(logging.DEBUG)
-        log.handlers = [self.dropped]
-        options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "logger": log}
+        ARGUMENTS_LOG.propagate = False
+        ARGUMENTS_LOG.setLevel(logging.DEBUG)
+        options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "logger": ARGUMENTS_LOG}
         super().__init__(
             args=[command, *words],
             auto_configure_optimizers=False,
@@ -140,7 +146,10 @@ class LetheCLI(LightningCLI):
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then tell about arguments that were dropped on the way."""
+        """Parse, then tell about arguments that were dropped or kept on the way."""
+        # a handler holds a lock, which no attribute of this object may: `ddp_spawn` pickles it with its callbacks
+        dropped = _Dropped()
+        ARGUMENTS_LOG.addHandler(dropped)
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
@@ -153,12 +162,41 @@ class LetheCLI(LightningCLI):
                 key = unknown[1] if first == "trainer" else first
                 raise UsageError(f"unknown key '{key}' in a configuration{close_match(key, options)}") from None
             raise
+        finally:
+            ARGUMENTS_LOG.removeHandler(dropped)
         typed = {part for word in self._typed() for part in word.split(".")}
-        for old, new, name in self.dropped.found:
+        for old, new, name in dropped.found:
             change = f"the class changes from {_short(old)} to {_short(new)}, which has no argument '{name}'"
             if name in typed:
                 raise UsageError(f"'{name}' would be dropped: {change}; name the class before its arguments")
             self._note(f"{change}; the earlier value is dropped")
+        for key, names in self._kept(parser).items():
+            values = ", ".join(f"{name}={value}" for name, value in names.items())
+            self._note(f"{key}: {values} {'is' if len(names) == 1 else 'are'} kept from a file")
+
+    def _kept(self, parser: LightningArgumentParser) -> dict[str, dict[str, str]]:
+        """The arguments that a class takes over from an unrelated one of an earlier file, by key and name."""
+        files = [option.removeprefix("--config=") for option in _config_options(self.words)]
+        # parsing once more takes a while: only where a file or an option can change the class of an earlier file
+        layers, seen = [], set[str]()
+        for position, file in enumerate(files):
+            keys = _top_keys(file)
+            if keys & seen:
+                layers.append(position)
+            seen |= keys
+        final = self.config[self.command]
+        if files and any("class_path" in (_at(final, key) or {}) for key in self._typed()):
+            layers.append(len(files))
+        found: dict[str, dict[str, str]] = {}
+        for position in layers:
+            try:
+                before = parser.parse_args([self.command, *(f"--config={file}" for file in files[:position])])
+            except argparse.ArgumentError:  # these files alone are no whole configuration
+                continue
+            for key, name, value in _taken_over(before[self.command], final):
+                if f"{key}.{name}" not in self._typed():
+                    found.setdefault(key, {})[name] = value
+        return found
 
     def _typed(self) -> Iterator[str]:
         """The dotted keys that the user wrote on the command line, without ``init_args``."""
@@ -206,9 +244,33 @@ class LetheCLI(LightningCLI):
         dump = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
         return dict(dump[self.command]["model"].get("init_args", {}))
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse to unlearn a random network."""
+        from torchlethe.lightning_modules import UnlearningModule
+
+        config = self.config[self.command]
+        kind = _target(config.model.class_path) if config.get("model") else None
+        if self.command != "fit" or not (inspect.isclass(kind) and issubclass(kind, UnlearningModule)):
+            return
+        arguments = config.model.get("init_args") or Namespace()
+        given = arguments.get("weights") or config.get("ckpt_path") or _sets(arguments.get("network"), "pretrained")
+        if not given and not config.trainer.fast_dev_run:
+            raise UsageError(
+                f"{kind.__name__} changes a trained network: give its weights with --model.weights, "
+                "or a checkpoint to resume from with --ckpt_path"
+            )
+
+    def after_fit(self) -> None:
+        """Say where the files of the run are."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # on every rank, as it is broadcast
+        if self.trainer.is_global_zero:
+            sys.stdout.write(f"files  {_relative(folder)}\n")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add Lethe's checkpoint writer, guard and export, each unless the configuration has one."""
-        from torchlethe.callbacks import ExportWeights, NonFiniteGuard
+        """Add Lethe's checkpoint writer, guard and writer of results, each unless the configuration has one."""
+        from torchlethe.callbacks import ExportWeights, NonFiniteGuard, SavePredictions
         from torchlethe.checkpoint_io import AtomicCheckpointIO
 
         config = self._get(self.config_init, "trainer")
@@ -216,9 +278,10 @@ class LetheCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        outputs: dict[str, tuple[type[Callback], ...]] = {"fit": (ExportWeights,), "predict": (SavePredictions,)}
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        for kind in (NonFiniteGuard, ExportWeights):
+        for kind in (NonFiniteGuard, *outputs.get(self.command, ())):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
@@ -227,6 +290,65 @@ class LetheCLI(LightningCLI):
             # each device is a process with a copy of everything: a slip of the finger takes the machine down
             raise UsageError(f"--trainer.devices is {trainer.num_devices}, but this machine has {cores} CPU cores")
         return trainer
+
+
+def _config_options(words: Sequence[str]) -> Iterator[str]:
+    """``--config=FILE`` for each configuration file on the command line."""
+    for position, word in enumerate(words):
+        if word.startswith("--config="):
+            yield word
+        elif word in ("--config", "-c") and position + 1 < len(words):
+            yield f"--config={words[position + 1]}"
+
+
+def _top_keys(path: str) -> set[str]:
+    """Whether a file configures the model, the data or both."""
+    content = yaml.safe_load(Path(path).read_text("utf-8")) if Path(path).is_file() else None
+    return {"model", "data"} & content.keys() if isinstance(content, dict) else set()
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value at a dotted key without ``init_args``; None when there is none."""
+    for part in key.split("."):
+        config = config.get("init_args", config) if isinstance(config, Namespace) else None
+        config = config.get(part) if isinstance(config, Namespace) else None
+    return config if isinstance(config, Namespace) else None
+
+
+def _taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, name and value of the arguments that outlive a change to an unrelated class, and are not its defaults."""
+    if not isinstance(before, Namespace) or not isinstance(after, Namespace):
+        return
+    old, new = before.get("class_path"), after.get("class_path")
+    before, after = (part.get("init_args") or part for part in (before, after))
+    kinds = _target(old), _target(new)
+    related = all(map(inspect.isclass, kinds)) and issubclass(kinds[1], kinds[0])
+    defaults = _defaults(new) if old != new and not related else None
+    for name in [name for name in vars(before) if name in vars(after)]:
+        value, now = before[name], after[name]
+        if defaults is not None and value == now and value != defaults.get(name, ...):
+            yield (
+                key,
+                name,
+                _short(value.class_path) if isinstance(value, Namespace) and "class_path" in value else _brief(value),
+            )
+        yield from _taken_over(value, now, f"{key}.{name}" if key else name)
+
+
+def _sets(config: Any, name: str) -> bool:
+    """Whether an argument of this name is true (set to anything but false) anywhere below."""
+    if isinstance(config, list | tuple):
+        return any(_sets(value, name) for value in config)
+    values = vars(config) if isinstance(config, Namespace) else config if isinstance(config, dict) else {}
+    return any((key == name and bool(value)) or _sets(value, name) for key, value in values.items())
+
+
+def _relative(path: str) -> str:
+    """A path below the working directory without its front part."""
+    if "://" in path:
+        return path
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 def _stored_hyperparameters(path: str | Path) -> dict[str, Any]:

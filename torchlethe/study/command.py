@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", metavar="STAGE", action="append", default=[], help="run a stage although it is done (repeatable)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would run and why")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="show what would run and why")
     return parser
 
 
