@@ -113,6 +113,7 @@ ERRORS = [
     (changed("metrics", to=3), ["'metrics' is 3"]),
     (changed("defaults", "config", to=["b.yaml"]), ["'defaults.config'", "b.yaml"]),
     (changed("defaults", "set", to=[1]), ["'defaults.set'"]),
+    (changed("defaults", "set", to={"trainer.logger": True}), ["'trainer.logger'", "decides where its runs write"]),
     (changed("defaults", "sett", to={}), ["unknown key 'sett' in 'defaults'", "did you mean 'set'"]),
     (changed("scenarios", "10 %", to={}), ["'10 %'", "is no name"]),
     (changed("scenarios", "ten", "stages", to={"sfrn": {}}), ["'sfrn'", "did you mean 'sfron'"]),

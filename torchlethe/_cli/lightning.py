@@ -278,12 +278,15 @@ class LetheCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        outputs: dict[str, tuple[type[Callback], ...]] = {"fit": (ExportWeights,), "predict": (SavePredictions,)}
+        outputs: dict[str, list[type[Callback]]] = {"fit": [ExportWeights], "predict": [SavePredictions]}
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        for kind in (NonFiniteGuard, *outputs.get(self.command, ())):
+        kinds: list[type[Callback]] = [NonFiniteGuard, *outputs.get(self.command, [])]
+        # somebody else's module may call its network by another name: then the whole module is exported
+        options = {ExportWeights: {"attribute": "network" if hasattr(self.model, "network") else None}}
+        for kind in kinds:
             if not any(isinstance(callback, kind) for callback in callbacks):
-                callbacks.append(kind())
+                callbacks.append(kind(**options.get(kind, {})))
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         cores = os.cpu_count() or 1
         if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, 2):

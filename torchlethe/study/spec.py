@@ -61,6 +61,7 @@ AXES = ("scenario", "seed")
 COMMANDS = ("fit", "validate", "test", "predict")
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+FIXED = ("trainer.logger", "trainer.default_root_dir")
 OUTPUTS = {"weights": "weights.safetensors", "folder": "."}
 
 
@@ -260,6 +261,9 @@ class _Reader:
         settings = value.get("set") or {}
         if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
             raise UsageError(f"{self.path}: '{where}.set' is {settings!r}, expected dotted keys with values")
+        for key in settings:
+            if key.startswith(FIXED):
+                raise UsageError(f"{self.path}: '{where}.set' has '{key}', but a study decides where its runs write")
         return Layer(tuple(files), settings)
 
     def scenario(self, name: str, value: Any, stages: Mapping[str, Any]) -> Scenario:
