@@ -13,7 +13,7 @@ def test_the_script_runs(tmp_path, monkeypatch):
     assert len(script.strip().splitlines()) <= 11
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    exec(compile(script, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(script, "README.md", "exec"), names)
     network = names["network"]
     assert isinstance(network, torch.nn.Module)
     assert all(torch.isfinite(p).all() for p in network.parameters())

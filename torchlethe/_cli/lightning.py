@@ -283,7 +283,9 @@ class LetheCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         kinds: list[type[Callback]] = [NonFiniteGuard, *outputs.get(self.command, [])]
         # somebody else's module may call its network by another name: then the whole module is exported
-        options = {ExportWeights: {"attribute": "network" if hasattr(self.model, "network") else None}}
+        options: dict[type[Callback], Any] = {
+            ExportWeights: {"attribute": "network" if hasattr(self.model, "network") else None}
+        }
         for kind in kinds:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind(**options.get(kind, {})))
