@@ -70,7 +70,9 @@ class Augmentation:
         Returns:
             (B, C, H, W) uint8, on the device of ``images``.
         """
-        bits = random_bits(seed, epoch, index, streams=6).to(images.device)
+        # two numbers for the crop, one for the flip, one for RandAugment, two for cutout: as many as are needed
+        streams = 6 if self.cutout else 4 if self.rand_augment else 3
+        bits = random_bits(seed, epoch, index, streams).to(images.device)
         on = torch.ones_like(bits[:, 0], dtype=torch.bool) if augment is None else augment.to(images.device)
         images = self._crop_and_flip(images, bits, on)
         if self.rand_augment:
