@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from torchlethe.metrics import METRIC_DEFINITIONS, define_metric
+from torchlethe.metrics import (
+    METRIC_DEFINITIONS,
+    BadTeacherMembership,
+    MembershipLogistic,
+    MembershipSVC,
+    MembershipThreshold,
+    define_metric,
+)
 from torchlethe.metrics.evaluation import DIVERGENCES, MEMBERSHIP, Outputs, divergence_metrics, unlearning_metrics
 
 
@@ -74,6 +81,26 @@ def test_every_number_has_a_definition(everything, sets):
 def test_attacks_lie_in_percent(everything):
     assert all(0 <= value <= 100 for value in everything.values())
     assert everything["mia_correctness_threshold"] == everything["forget_accuracy"]
+
+
+@pytest.mark.parametrize("name", [name for name in MEMBERSHIP if name != "simple"])
+def test_attacks_equal_their_torchmetrics(sets, everything, name):
+    attack = next(a for a in ("svc_all", "logistic", "svc", "threshold") if name.endswith(f"_{a}"))
+    feature = name.removesuffix(f"_{attack}")
+    options = {"feature": feature.removesuffix("_as_published")}
+    options["m_entropy"] = "as_published" if feature.endswith("_as_published") else "correct"
+    if attack == "svc":
+        options["seed"] = 123
+    classes = {
+        "logistic": MembershipLogistic,
+        "svc": MembershipSVC,
+        "svc_all": BadTeacherMembership,
+        "threshold": MembershipThreshold,
+    }
+    metric = classes[attack](**options)
+    for ours, role in (("remain", "member"), ("test", "non_member"), ("forget", "forget")):
+        metric.update(sets[ours].logits, sets[ours].labels, role)
+    assert 100.0 * metric.compute().item() == everything[f"mia_{name}"]
 
 
 def test_a_diverged_model_has_accuracies_and_no_attacks(sets):

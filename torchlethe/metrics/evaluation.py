@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from torchlethe.functional import divergence
-from torchlethe.functional.membership import (
-    class_thresholds,
-    fraction,
-    indiscernibility,
-    logistic_membership,
-    threshold_membership,
-)
+from torchlethe.functional.membership import indiscernibility, logistic_membership
 from torchlethe.functional.uncertainty import Feature, ModifiedEntropy, accuracy, confidence, membership_feature
+from torchlethe.metrics.membership import threshold_attack
 from torchlethe.metrics.support_vectors import SVCMode, choose_rows, simple_membership, svc_membership
 
 HEADLINE_MEMBERSHIP = ("entropy_logistic", "confidence_svc")
@@ -170,11 +165,13 @@ class _Attacks:
     def __call__(self, name: str) -> float:
         attack = next(a for a in ("svc_all", "logistic", "svc", "threshold") if name.endswith(f"_{a}"))
         feature = name.removesuffix(f"_{attack}")
-        members, outsiders, targets = (self.feature(feature, role) for role in ("remain", "test", "forget"))
+        roles = ("remain", "test", "forget")
+        members, outsiders, targets = (self.feature(feature, role) for role in roles)
         if attack == "logistic":
             return logistic_membership(members, outsiders, targets)
         if attack == "threshold":
-            return self.threshold(feature, members, outsiders, targets)
+            scored = [(self.feature(feature, role), self.sets[role].labels) for role in roles]
+            return threshold_attack(feature, *scored, num_classes=self.sets["forget"].logits.shape[1])
         mode = "auto" if feature == "probabilities" else self.svc_mode
         if attack == "svc_all":
             return svc_membership(members, outsiders, targets, mode=mode)
@@ -192,15 +189,6 @@ class _Attacks:
             kind: ModifiedEntropy = "as_published" if as_published else "correct"
             self.cache[feature, role] = _scores(self.sets[role], name, kind)
         return self.cache[feature, role]
-
-    def threshold(self, feature: str, members: Tensor, outsiders: Tensor, targets: Tensor) -> float:
-        if feature == "correctness":  # right means member, nothing to fit
-            return fraction(targets > 0)
-        sign = 1.0 if feature == "confidence" else -1.0
-        labels = {role: outputs.labels for role, outputs in self.sets.items()}
-        classes = self.sets["forget"].logits.shape[1]
-        thresholds = class_thresholds(sign * members, labels["remain"], sign * outsiders, labels["test"], classes)
-        return fraction(threshold_membership(sign * targets, labels["forget"], thresholds))
 
     def simple(self) -> float:
         accuracies = simple_membership(self.feature("loss", "forget"), self.feature("loss", "test"), seed=self.seed)

@@ -32,6 +32,41 @@ from torchlethe.metrics.support_vectors import (
 )
 
 
+def threshold_attack(
+    feature: str,
+    members: tuple[Tensor, Tensor],
+    non_members: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+) -> float:
+    """Fraction of ``targets`` that one threshold on a feature for each class predicts to be members.
+
+    Args:
+        feature: name of the scalar feature, which says what speaks for membership: a high ``confidence``, being right
+            (``correctness``, without a threshold), else a low value.
+        members: (M,) features and (M,) labels of samples that were trained on.
+        non_members: (N,) features and labels.
+        targets: (T,) features and labels, the forget set.
+        num_classes: K.
+
+    Returns:
+        0…1, the fraction predicted **member**.
+
+    Example:
+        >>> labels = torch.tensor([0, 0])
+        >>> sure, unsure = (torch.tensor([0.1, 0.2]), labels), (torch.tensor([0.8, 0.9]), labels)
+        >>> threshold_attack("entropy", sure, unsure, (torch.tensor([0.1, 0.7]), labels), num_classes=1)
+        0.5
+    """
+    if feature == "correctness":
+        return fraction(targets[0] > 0)
+    sign = 1.0 if feature == "confidence" else -1.0
+    (inside, inside_labels), (outside, outside_labels), (judged, judged_labels) = members, non_members, targets
+    thresholds = class_thresholds(sign * inside, inside_labels, sign * outside, outside_labels, num_classes)
+    return fraction(threshold_membership(sign * judged, judged_labels, thresholds))
+
+
 class _FeatureMetric(RoleLogits):
     """Shared by the attacks that look at one feature of each sample."""
 
@@ -223,23 +258,13 @@ class MembershipThreshold(_FeatureMetric):
 
     def compute(self) -> Tensor:
         """Fraction of the forget set predicted member."""
-        sets = {role: self.collected(role) for role in self.roles}
-        sign = 1.0 if self.feature in ("confidence", "correctness") else -1.0
-        scores = {
-            role: sign * membership_feature(self.feature, *collected, m_entropy=self.m_entropy)
-            for role, collected in sets.items()
-        }
-        if self.feature == "correctness":
-            return torch.tensor(fraction(scores["forget"] > 0), dtype=torch.float64)
-        thresholds = class_thresholds(
-            scores["member"],
-            sets["member"][1],
-            scores["non_member"],
-            sets["non_member"][1],
-            num_classes=sets["forget"][0].shape[1],
-        )
-        flags = threshold_membership(scores["forget"], sets["forget"][1], thresholds)
-        return torch.tensor(fraction(flags), dtype=torch.float64)
+        sets = [self.collected(role) for role in self.roles]
+        scored = [
+            (membership_feature(self.feature, logits, labels, m_entropy=self.m_entropy), labels)
+            for logits, labels in sets
+        ]
+        classes = sets[-1][0].shape[1]
+        return torch.tensor(threshold_attack(self.feature, *scored, num_classes=classes), dtype=torch.float64)
 
 
 class SimpleMembership(RoleLogits):
