@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lethe study configs/digits/study.yaml --output runs/digits
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 install: $(VENV)/.installed
 
