@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler
 
-from torchlethe.data import PADDING_LABEL, as_batch
+from torchlethe.components import eval_mode
+from torchlethe.data import PADDING_LABEL, as_batch, unit_range
 from torchlethe.functional.uncertainty import drop_padding
 from torchlethe.io import load_weights
 from torchlethe.metrics.evaluation import Outputs
@@ -137,26 +138,7 @@ def plain_batch(batch: Any, device: torch.device) -> dict[str, Any]:
         1.0
     """
     moved = move_data_to_device(as_batch(batch), device)
-    image = moved["image"]
-    return {**moved, "image": image.float() / 255 if image.dtype == torch.uint8 else image}
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each submodule has its own mode back.
-
-    A method may hold BatchNorm in eval mode while it trains the rest, so one flag for all would not do.
-
-    Args:
-        module: the module, with all its submodules.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+    return {**moved, "image": unit_range(moved["image"])}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
 from torchlethe.components.distributed import all_reduce_sum, world_size
 from torchlethe.components.fast_slow_updater import FastSlowUpdater
 from torchlethe.components.fisher import DiagonalFisher
+from torchlethe.components.modes import batch_norm_in_eval, eval_mode
 from torchlethe.components.saliency_mask import SaliencyMask
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "FastSlowUpdater",
     "SaliencyMask",
     "all_reduce_sum",
+    "batch_norm_in_eval",
+    "eval_mode",
     "world_size",
 ]

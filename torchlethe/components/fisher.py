@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many
+from torchlethe.components.modes import eval_mode
 from torchlethe.data import PADDING_LABEL, model_input
 
 
@@ -54,16 +55,10 @@ class DiagonalFisher:
             ValueError: there are no batches.
         """
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        modes = [(module, module.training) for module in network.modules()]
-        network.eval()
-        try:
-            accumulate = self._squared_batch_gradients if self.mode == "batch" else self._squared_sample_gradients
-            # evaluation loops run in inference mode, which autograd cannot leave by enable_grad alone
-            with torch.inference_mode(False):
-                sums, count = accumulate(network, parameters, batches)
-        finally:
-            for module, training in modes:
-                module.training = training
+        accumulate = self._squared_batch_gradients if self.mode == "batch" else self._squared_sample_gradients
+        # evaluation loops run in inference mode, which autograd cannot leave by enable_grad alone
+        with eval_mode(network), torch.inference_mode(False):
+            sums, count = accumulate(network, parameters, batches)
         if count == 0:
             raise ValueError("the Fisher information needs at least one batch, the loader gave none.")
         torch._foreach_div_(sums, count)

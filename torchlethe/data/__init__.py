@@ -1,7 +1,7 @@
 """Data without Lightning: in-memory image sets, position-aware loaders, batched augmentation, forget requests."""
 
 from torchlethe.data.augmentation import Augmentation
-from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, model_input
+from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, model_input, unit_range
 from torchlethe.data.forget import (
     ForgetClasses,
     ForgetFraction,
@@ -77,4 +77,5 @@ __all__ = [
     "random_bits",
     "shard",
     "stratified",
+    "unit_range",
 ]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PADDING_LABEL = -100
-"""Label of a padding duplicate: the ``ignore_index`` of ``cross_entropy`` and what torchmetrics is told to ignore."""
+from torchlethe.functional.uncertainty import PADDING_LABEL as PADDING_LABEL
 
 PADDING_INDEX = -1
 """Index of a padding duplicate: no sample of a training set has it."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 PADDING_LABEL = -100
+"""Label of a padding duplicate: the ``ignore_index`` of ``cross_entropy`` and what torchmetrics is told to ignore."""
+
 LOG_FLOOR = 1e-30
 
 Feature = Literal["correctness", "confidence", "loss", "entropy", "m_entropy", "probabilities"]

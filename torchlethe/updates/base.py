@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -153,16 +152,3 @@ def logits_and_labels(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 def cross_entropy(network: nn.Module, batch: Any) -> Tensor:
     """Mean cross-entropy of a network on a batch, a scalar; see :func:`logits_and_labels`."""
     return nn.functional.cross_entropy(*logits_and_labels(network, batch))
-
-
-@contextmanager
-def batch_norm_in_eval(network: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use its running statistics, and leave them alone, inside the block."""
-    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for layer in layers:
-        layer.eval()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.train()

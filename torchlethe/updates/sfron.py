@@ -17,14 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchlethe.components import AdaptiveForgetLoss, DiagonalFisher, FastSlowUpdater, SaliencyMask
+from torchlethe.components import (
+    AdaptiveForgetLoss,
+    DiagonalFisher,
+    FastSlowUpdater,
+    SaliencyMask,
+    batch_norm_in_eval,
+)
 from torchlethe.data import Interleaved
 from torchlethe.functional.forgetting import forget_schedule, saliency_ratio, weight_entropy
 from torchlethe.updates.base import (
     Backward,
     OptimizerFactory,
     UpdateRule,
-    batch_norm_in_eval,
     cross_entropy,
     default_optimizer,
     logits_and_labels,
