@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchlethe._cli.lightning import unpatch_loaders
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_loader_classes():
+    """Lightning leaves DataLoader patched when a loader's hook raises; a test must not meet what another left."""
+    yield
+    unpatch_loaders()
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,17 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers import quiet_trainer
 from torchlethe import __version__, callbacks
 from torchlethe._cli.catalog import KINDS, entries, find_config, first_sentence
 from torchlethe._cli.errors import explain
 from torchlethe._cli.lightning import run
 from torchlethe.cli import COMMANDS, main
+from torchlethe.datamodules import DigitsDataModule
+from torchlethe.lightning_modules import Classifier
+from torchlethe.models import SmallCNN
 
 FIT = shlex.split(
     "fit --model Classifier --model.network SmallCNN --model.num_classes 10 --data DigitsDataModule"
@@ -210,6 +215,19 @@ def test_a_run_can_be_repeated_and_leaves_its_files(tmp_path, capsys):
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["seed_everything"] == 0
     assert saved["model"]["class_path"] == "torchlethe.lightning_modules.Classifier"
+
+
+class Unreadable(DigitsDataModule):
+    def train_dataloader(self):
+        raise ValueError("the disk is gone")
+
+
+def test_a_run_that_failed_at_its_loaders_spoils_no_later_run(capfd):
+    line = " ".join([*FIT, *DRY]).replace("DigitsDataModule", f"{__name__}.Unreadable")
+    assert main(shlex.split(line)) == 2
+    assert "the disk is gone" in capfd.readouterr().err
+    loader = DataLoader(TensorDataset(torch.rand(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)), 2)  # by position
+    quiet_trainer(fast_dev_run=True).fit(Classifier(SmallCNN(), 10), loader)
 
 
 def test_a_run_with_a_logger_says_where_its_files_are(tmp_path, capsys):

@@ -181,6 +181,13 @@ def test_wrong_use_is_one_sentence(make, message):
         make()
 
 
+def test_a_refusal_leaves_the_loaders_of_others_alone():
+    with pytest.raises(ValueError, match="has forget, remain"):
+        fit(Reader(feed=Single("validation")), UnlearningDataModule(DigitsDataModule(), ForgetClasses([1])))
+    assert DataLoader.__init__.__qualname__ == "DataLoader.__init__"
+    assert "__old__init__" not in vars(DataLoader)
+
+
 # --- somebody else's datamodules ------------------------------------------------------------------------------------
 
 

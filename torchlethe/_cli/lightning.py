@@ -21,10 +21,12 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.data import get_all_subclasses
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from torch.utils.data import BatchSampler, DataLoader
 
 from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
@@ -55,7 +57,26 @@ def run(command: str, words: Sequence[str]) -> LetheCLI:
             importlib.import_module(f"torchlethe.{name}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
-    return LetheCLI(command, _resolve_configs(words))
+    try:
+        return LetheCLI(command, _resolve_configs(words))
+    except BaseException:
+        unpatch_loaders()
+        raise
+
+
+def unpatch_loaders() -> None:
+    """Give the loader classes their own methods back.
+
+    While Lightning asks for loaders it replaces methods of these classes, and does not put them back when a hook
+    raises: the next run in the process (the next stage of a study) would then stumble over a loader made with
+    positional arguments.
+    """
+    for base in (DataLoader, BatchSampler):
+        for kind in get_all_subclasses(base) | {base}:
+            for method in ("__setattr__", "__delattr__", "__init__"):
+                if f"__old{method}" in kind.__dict__:
+                    setattr(kind, method, kind.__dict__[f"__old{method}"])
+                    delattr(kind, f"__old{method}")
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

@@ -111,8 +111,14 @@ class UnlearningDataModule(LightningDataModule):
             self.data.setup("fit")
         if stage not in (None, "fit") or (first and not self.native):
             self.data.setup(stage if stage not in (None, "fit") else "test")
-        if not first:
-            return
+        if first:
+            self._divide()
+        if stage == "fit" and self.trainer is not None:
+            # here rather than in `train_dataloader`: Lightning leaves DataLoader patched when a loader's hook raises
+            for role in self.feed().roles:
+                self.role_set(role)
+
+    def _divide(self) -> None:
         if isinstance(self.data, ImageDataModule):
             found = {"train": self.data.train_set, "validation": self.data.validation_set, "test": self.data.test_set}
         else:
