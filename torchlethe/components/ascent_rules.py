@@ -6,8 +6,9 @@ does the rest.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from torchlethe.data.hashing import generator_for
 from torchlethe.functional.perturbation import (
+    Tensors,
     friendly_average_,
     friendly_direction_,
     gsam_combine_,
@@ -24,8 +26,6 @@ from torchlethe.functional.perturbation import (
     sigma_of_paper_order,
     wsam_combine_,
 )
-
-Tensors = Sequence[Tensor]
 
 
 class Memory:
@@ -42,17 +42,28 @@ class Memory:
     def known(self, name: str, params: Tensors, values: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         """The values of the parameters that have a buffer, and these buffers."""
         found = self.buffers[name]
+        if _same(found, params):
+            return list(values), list(found.values())
         pairs = [(value, found[param]) for param, value in zip(params, values, strict=True) if param in found]
         return [value for value, _ in pairs], [buffer for _, buffer in pairs]
 
     def keep(self, name: str, params: Tensors, values: Tensors, overwrite: bool = False) -> None:
         """Store a copy for parameters without a buffer, or for all."""
         found = self.buffers[name]
+        if overwrite:
+            known, kept = self.known(name, params, values)
+            if known:
+                torch._foreach_copy_(kept, known)
+        if _same(found, params):
+            return
         for param, value in zip(params, values, strict=True):
             if param not in found:
                 found[param] = value.detach().to(self.dtype or value.dtype, copy=True)
-            elif overwrite:
-                found[param].copy_(value)
+
+
+def _same(found: Mapping[Tensor, Tensor], params: Tensors) -> bool:
+    """Whether a buffer is of just these parameters in this order, which spares a look-up (slow for tensors) each."""
+    return len(found) == len(params) and all(map(operator.is_, found, params))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchlethe.components.ascent_rules import AscentRule, EfficientRule, FriendlyRule, Memory, ascent_rule
-from torchlethe.functional.perturbation import inner_product, norm_of_norms, total_norm
+from torchlethe.functional.perturbation import Tensors, inner_product, norm_of_norms, total_norm
 
 Adaptive = Literal["w2", "eta"]
 
@@ -144,8 +144,8 @@ class SharpnessEngine:
     @torch.no_grad()
     def climb(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        params: Tensors,
+        grads: Tensors,
         rho: Sequence[float],
         names: Sequence[str] | None = None,
         measure: bool = False,
@@ -175,8 +175,8 @@ class SharpnessEngine:
             self._measure_average(params, grads, grad_norm)
         self.rule.direction(params, grads, self.memory)
         scale = self._adaptive_scale(params, names)
-        scaled = grads if scale is None else torch._foreach_mul(grads, scale)
-        norms = torch._foreach_norm(list(scaled))
+        scaled = list(grads if scale is None else torch._foreach_mul(grads, scale))
+        norms = torch._foreach_norm(scaled)
         norm = norm_of_norms(norms)
         if measure:
             self.measured["noise_norm"] = norm
@@ -188,6 +188,7 @@ class SharpnessEngine:
         epsilon = 1e-16 if self.adaptive == "eta" else self.rule.epsilon
         share = self.rule.beta if isinstance(self.rule, EfficientRule) else 1.0
         if floor:
+            assert grad_norm is not None
             norm = torch.where(norm < floor * grad_norm, torch.inf, norm)
         used_up = not self.rule.keeps_first or scale is not None
         for radius in dict.fromkeys(rho):
@@ -205,7 +206,7 @@ class SharpnessEngine:
             else:
                 torch._foreach_add_(weights, torch._foreach_mul(direction, radius / share / (norm + epsilon)))
 
-    def _measure_average(self, params: Sequence[Tensor], grads: Sequence[Tensor], grad_norm: Tensor | None) -> None:
+    def _measure_average(self, params: Tensors, grads: Tensors, grad_norm: Tensor | None) -> None:
         assert grad_norm is not None
         self.measured = {"grad_norm": grad_norm}
         if self.rule.buffer == "ema":
@@ -214,7 +215,7 @@ class SharpnessEngine:
                 both = total_norm(some) * total_norm(ema)
                 self.measured["cos_g_m"] = inner_product(some, ema) / both.clamp_min(torch.finfo(both.dtype).tiny)
 
-    def _adaptive_scale(self, params: Sequence[Tensor], names: Sequence[str] | None) -> list[Tensor] | None:
+    def _adaptive_scale(self, params: Tensors, names: Sequence[str] | None) -> list[Tensor] | None:
         if self.adaptive is None:
             return None
         if self.adaptive == "w2":
@@ -247,7 +248,7 @@ class SharpnessEngine:
                 "lower the learning rate or rho, or look for the operation that overflows (detect_anomaly)."
             )
 
-    def _save(self, params: Sequence[Tensor]) -> None:
+    def _save(self, params: Tensors) -> None:
         if len(params) != len(self._saved) or any(a is not b for a, b in zip(params, self._saved, strict=True)):
             # other parameters than last time
             for param in params:
@@ -256,8 +257,8 @@ class SharpnessEngine:
             copies = [self._saved[param] for param in params]
         else:
             copies = list(self._saved.values())
-        self._climbed, self._copies = list(params), copies
-        torch._foreach_copy_(copies, self._climbed)
+        torch._foreach_copy_(copies, list(params))
+        self._climbed, self._copies = list(params), copies  # only now: an interrupt may come between any two lines
 
     @property
     def climbed(self) -> Sequence[Tensor]:
@@ -267,16 +268,14 @@ class SharpnessEngine:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the weights back, to the bit and in their own storage; does nothing where they are not away."""
-        climbed, self._climbed = self._climbed, []
-        if climbed:
-            torch._foreach_copy_(climbed, self._copies)
+        if self._climbed:
+            torch._foreach_copy_(self._climbed, self._copies)
+        self._climbed, self._copies = [], []
 
     # --- the update -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def combine(
-        self, params: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], unscale: float | Tensor = 1.0
-    ) -> None:
+    def combine(self, params: Tensors, first: Tensors, second: Tensors, unscale: float | Tensor = 1.0) -> None:
         """Make the update of the two gradients, in place of the second.
 
         Args:
@@ -295,12 +294,12 @@ class SharpnessEngine:
             pending[param] = pending[param].add_(part) if param in pending else part
 
     @torch.no_grad()
-    def observe(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def observe(self, params: Tensors, grads: Tensors) -> None:
         """Show a method the gradients of a step with one pass; they stay as they are."""
         self.rule.observe(params, grads, self.memory)
 
     @torch.no_grad()
-    def reuse(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def reuse(self, params: Tensors, grads: Tensors) -> None:
         """Let a method change the gradients of a step with one pass, in place."""
         self.rule.reuse(params, grads, self.memory)
 
@@ -320,6 +319,17 @@ class SharpnessEngine:
                 torch._foreach_add_(params, parts)
 
     # --- state ----------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Come back if away, and let go of the memory that w was kept in."""
+        self.restore()
+        self._saved.clear()
+
+    def forget(self) -> None:
+        """Start anew: drop what was remembered of other parameters or of an earlier run."""
+        self.release()
+        self.memory.buffers.clear()
+        self.measured, self._bad, self.steps = {}, None, 0
 
     def buffers(self) -> dict[str, dict[Tensor, Tensor]]:
         """What has to outlive a restart: by buffer, parameter → tensor. Never copies of the weights."""

@@ -10,12 +10,10 @@ Sources: SAM (arXiv:2010.01412), ASAM (2102.11600), F-SAM (2403.12350, nblt/F-SA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-Tensors = Sequence[Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def total_norm(tensors: Tensors) -> Tensor:

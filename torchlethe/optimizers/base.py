@@ -75,7 +75,7 @@ class SharpnessAwareOptimizer(Optimizer):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the method.
 
         Args:

@@ -299,9 +299,7 @@ class ESAM(SharpnessAwareOptimizer):
         self._losses: Callable[[], Tensor] | None = None
         self._clean: Tensor | None = None
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[..., Any] | None = None, losses: Callable[[], Tensor] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None, losses: Callable[[], Tensor] | None = None) -> Any:
         """One step.
 
         Args:
@@ -330,12 +328,14 @@ class ESAM(SharpnessAwareOptimizer):
             return self._losses().detach()
 
     def _second_closure(self, closure: Callable[..., Any]) -> Callable[[], Any]:
+        if (clean := self._clean) is None:
+            return closure
+
         def on_the_risen() -> Any:
             rise = self._evaluate() - clean
             return closure(positions=rise.topk(max(1, int(len(rise) * self.gamma))).indices)
 
-        clean = self._clean
-        return closure if clean is None else on_the_risen
+        return on_the_risen
 
 
 class SAMON(SharpnessAwareOptimizer):

@@ -70,10 +70,10 @@ def climb(
     groups: Groups, engine: SharpnessEngine, step: int, perturbed: Callable[[Tensor], bool], first: FirstPass
 ) -> None:
     """Move the weights to w + ε."""
-    drawn = engine.chosen(len(first.params), step) or [True] * len(first.params)
-    moved = [i for i, param in enumerate(first.params) if drawn[i] and perturbed(param)]
+    drawn = engine.chosen(len(first.params), step)
+    moved = [i for i, param in enumerate(first.params) if (drawn is None or drawn[i]) and perturbed(param)]
     params = [first.params[i] for i in moved]
-    radius = {param: engine.radius(group, step) for group in groups for param in group["params"]}
+    radius = {p: rho for group in groups for rho in [engine.radius(group, step)] for p in group["params"]}
     names = param_names(groups) if groups and "param_names" in groups[0] else None
     engine.climb(
         params,
