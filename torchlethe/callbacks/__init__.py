@@ -3,21 +3,25 @@
 from torchlethe.callbacks.acceleration import ChannelsLast, CompileNetwork
 from torchlethe.callbacks.ascent_direction import AscentDirection
 from torchlethe.callbacks.export_weights import ExportWeights
+from torchlethe.callbacks.hybrid_grid import HybridGrid
 from torchlethe.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from torchlethe.callbacks.save_predictions import SavePredictions
 from torchlethe.callbacks.sharpness_aware import SharpnessAware
 from torchlethe.callbacks.sharpness_evaluation import SharpnessEvaluation
 from torchlethe.callbacks.unlearning_evaluation import UnlearningEvaluation
+from torchlethe.callbacks.update_log import UpdateLog
 
 __all__ = [
     "AscentDirection",
     "ChannelsLast",
     "CompileNetwork",
     "ExportWeights",
+    "HybridGrid",
     "NonFiniteError",
     "NonFiniteGuard",
     "SavePredictions",
     "SharpnessAware",
     "SharpnessEvaluation",
     "UnlearningEvaluation",
+    "UpdateLog",
 ]

@@ -2,10 +2,13 @@
 
 from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
 from torchlethe.components.ascent_rules import RULES, AscentRule, FullGradientRule, ascent_rule
-from torchlethe.components.distributed import all_reduce_sum, world_size
+from torchlethe.components.distributed import all_reduce_sum, gather_in_order, world_size
+from torchlethe.components.double_backward import DoubleBackward
 from torchlethe.components.fast_slow_updater import FastSlowUpdater
 from torchlethe.components.fisher import DiagonalFisher
+from torchlethe.components.forget_samples import ForgetSamples
 from torchlethe.components.modes import batch_norm_in_eval, eval_mode, frozen_statistics, normalisation_parameters
+from torchlethe.components.random_relabel import RandomRelabel
 from torchlethe.components.saliency_mask import SaliencyMask
 from torchlethe.components.sharpness_engine import NonFiniteGradientError, SharpnessEngine
 
@@ -14,9 +17,12 @@ __all__ = [
     "AdaptiveForgetLoss",
     "AscentRule",
     "DiagonalFisher",
+    "DoubleBackward",
     "FastSlowUpdater",
+    "ForgetSamples",
     "FullGradientRule",
     "NonFiniteGradientError",
+    "RandomRelabel",
     "SaliencyMask",
     "SharpnessEngine",
     "all_reduce_sum",
@@ -24,6 +30,7 @@ __all__ = [
     "batch_norm_in_eval",
     "eval_mode",
     "frozen_statistics",
+    "gather_in_order",
     "normalisation_parameters",
     "world_size",
 ]

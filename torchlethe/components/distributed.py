@@ -39,3 +39,19 @@ def all_reduce_sum_many(tensors: list[Tensor]) -> list[Tensor]:
         for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
             result[i] = part.view_as(tensors[i])
     return result
+
+
+def gather_in_order(rows: Tensor) -> Tensor:
+    """Join the rows of all ranks in stored order, where rank r holds every W-th row from the r-th on.
+
+    Args:
+        rows: ``(n, ...)``, on every rank as many; without gradient.
+
+    Returns:
+        ``(W * n, ...)``, padding rows at the end; the tensor itself in a single process.
+    """
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)

@@ -11,6 +11,7 @@ from torchlethe.data.forget import (
     ForgetSubclasses,
 )
 from torchlethe.data.hashing import mix_seed, random_bits
+from torchlethe.data.hybrids import HybridDataset, Hybrids
 from torchlethe.data.images import ImageDataset, InMemoryImages
 from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise, UniformNoise
 from torchlethe.data.loaders import PositionedLoader
@@ -48,6 +49,8 @@ __all__ = [
     "ForgetRequest",
     "ForgetSplit",
     "ForgetSubclasses",
+    "HybridDataset",
+    "Hybrids",
     "ImageDataset",
     "ImageFiles",
     "InMemoryImages",

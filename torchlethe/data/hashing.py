@@ -92,3 +92,25 @@ def random_bits(seed: int, epoch: Tensor | int, index: Tensor, streams: int) -> 
     key = _mix(_mix(epoch + _signed(mix_seed(seed) * 2 + 1)) + index + _signed(_GOLDEN))
     stream = torch.arange(1, streams + 1, device=key.device) * _signed(_GOLDEN)
     return (_mix(key[:, None] + stream) >> 32) & 0xFFFFFFFF
+
+
+def random_normal(seed: int, epoch: Tensor | int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise for each sample, that depends on nothing but (seed, epoch, index).
+
+    Args:
+        seed: Any integer.
+        epoch: (B,) int64, the pass in which a sample is drawn; or one number for all.
+        index: (B,) int64, the identity of a sample.
+        shape: Shape of the noise of one sample.
+
+    Returns:
+        (B, *shape) float32 on the device of ``index``; no value lies further out than 5.2.
+
+    >>> noise = random_normal(0, 0, torch.arange(1000), (8,))
+    >>> noise.shape, round(float(noise.std()), 1)
+    (torch.Size([1000, 8]), 1.0)
+    """
+    bits = random_bits(seed, epoch, index, torch.Size(shape).numel())
+    # 23 bits and the half step fit float32 exactly, so that the argument of erfinv never rounds to 1
+    uniform = ((bits >> 9).float() + 0.5) * 2**-22 - 1
+    return (torch.erfinv(uniform) * 2**0.5).view(len(index), *shape)

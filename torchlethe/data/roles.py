@@ -24,6 +24,8 @@ class Feed:
     ``d % n`` of its pass ``d // n``.
     """
 
+    augment: bool = True
+
     @property
     def roles(self) -> frozenset[str]:
         """The roles it reads."""
@@ -37,6 +39,15 @@ class Feed:
         """For each step of a loader epoch, the draw of each role that it reads."""
         raise NotImplementedError
 
+    def loader(
+        self, role_set: Callable[[str], Any], batch_size: int, seed: int = 0, **kwargs: Any
+    ) -> PositionedLoader | None:
+        """The training loader of a feed that makes its own data set out of the roles; None otherwise.
+
+        The arguments are those of :func:`feed_loader`, which calls this.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Single(Feed):
@@ -44,12 +55,14 @@ class Single(Feed):
 
     Args:
         role: One of forget, remain, train, validation.
+        augment: Whether a datamodule augments these batches; False for what evaluation sees.
 
     Raises:
         ValueError: If ``role`` is none of these.
     """
 
     role: Role
+    augment: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -259,6 +272,8 @@ def feed_loader(
     Returns:
         A :class:`RoleLoader`, or for :class:`Single` and :class:`Joined` a :class:`PositionedLoader` of plain batches.
     """
+    if (own := feed.loader(role_set, batch_size, seed, **kwargs)) is not None:
+        return own
     if isinstance(feed, Single):
         return PositionedLoader(role_set(feed.role), batch_size=batch_size, shuffle=True, seed=seed, **kwargs)
     if isinstance(feed, Joined):

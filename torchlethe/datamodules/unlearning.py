@@ -68,6 +68,7 @@ class UnlearningDataModule(LightningDataModule):
         self.split: ForgetSplit | None = None
         self._expected_hash: str | None = None
         self._sets: dict[str, ImageDataset] = {}
+        self._augment = True  # unless the module under training is fed as evaluation is
 
     # --- what the wrapped module does ---------------------------------------------------------------------------
 
@@ -211,7 +212,10 @@ class UnlearningDataModule(LightningDataModule):
 
     def train_dataloader(self) -> PositionedLoader:
         """What the module under training declares to read, in the order it declares."""
-        return feed_loader(self.feed(), self.role_set, self.batch_size, self.seed, **self._settings())
+        feed = self.feed()
+        self._augment = feed.augment
+        role_set = self.role_set if feed.augment else self._plain_set
+        return feed_loader(feed, role_set, self.batch_size, self.seed, **self._settings())
 
     def role_loader(self, role: str, *, shuffle: bool = False) -> PositionedLoader:
         """A loader of one role, for example to accumulate a Fisher matrix.
@@ -231,11 +235,18 @@ class UnlearningDataModule(LightningDataModule):
             )
         return self._eval_loader(dataset, self.batch_size)
 
-    def _eval_loader(self, dataset: ImageDataset, batch_size: int) -> PositionedLoader:
+    def _plain_set(self, role: str) -> ImageDataset:
+        return self._plain(self.role_set(role))
+
+    def _plain(self, dataset: ImageDataset) -> ImageDataset:
+        """A data set with the transforms of evaluation."""
         test = self._sets["test"]
         if isinstance(dataset, WrappedDataset) and isinstance(test, WrappedDataset):
-            dataset = dataset.with_transform_of(test.dataset)
-        return PositionedLoader(dataset, batch_size=batch_size, **self._settings())
+            return dataset.with_transform_of(test.dataset)
+        return dataset
+
+    def _eval_loader(self, dataset: ImageDataset, batch_size: int) -> PositionedLoader:
+        return PositionedLoader(self._plain(dataset), batch_size=batch_size, **self._settings())
 
     def evaluation_loaders(self) -> dict[str, DataLoader[Any]]:
         """Loaders that judge a model, in stored order and without augmentation.
@@ -299,7 +310,7 @@ class UnlearningDataModule(LightningDataModule):
         """Call the hook of the wrapped module; Lethe's own augments with this module's seed."""
         if type(self.data).on_after_batch_transfer is ImageDataModule.on_after_batch_transfer:
             assert isinstance(self.data, ImageDataModule)
-            return as_input(self, self.data.prepare_batch(batch, augment=True, seed=self.seed))
+            return as_input(self, self.data.prepare_batch(batch, augment=self._augment, seed=self.seed))
         return as_input(self, self._after_transfer(batch, dataloader_idx))
 
     def _after_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:

@@ -16,6 +16,7 @@ from torchlethe.metrics.membership import (
     MembershipThreshold,
     SimpleMembership,
 )
+from torchlethe.metrics.sensitivity import InputSensitivity
 from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
 from torchlethe.metrics.support_vectors import simple_membership, svc_membership
@@ -29,6 +30,7 @@ __all__ = [
     "DivergenceToReference",
     "HessianTopEigenvalue",
     "HessianTrace",
+    "InputSensitivity",
     "MSharpness",
     "MembershipLogistic",
     "MembershipSVC",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.components.modes import batch_norm_in_eval
 from torchlethe.data import Feed, model_input
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Backward = Callable[[Tensor], None]
+BatchNormMode = Literal["train", "eval", "remain"]
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -42,12 +46,14 @@ class UpdateRule(ABC):
         feed: which roles the rule reads in training, and how (:mod:`torchlethe.data.roles`).
         optimizers: the optimizers that ``configure`` made; the caller saves and restores their state.
         prepared: whether ``prepare`` has run, or its outcome was restored.
+        stopped: whether the rule has ended the run by itself, before its ``steps``; further steps would do nothing.
         prepares_augmented: whether ``prepare`` wants shuffled, augmented batches in place of fixed ones.
     """
 
     feed: Feed
     optimizers: list[Optimizer]
     prepared: bool = False
+    stopped: bool = False
     prepares_augmented: bool = False
 
     @property
@@ -71,6 +77,15 @@ class UpdateRule(ABC):
         """
         self.prepared = True
         return {}
+
+    def set_passes(self, batches: Mapping[str, int]) -> None:  # noqa: B027 (optional)
+        """Say how many batches a pass over each role has, for rules whose run is made of whole passes.
+
+        A Trainer does, before ``prepare`` and after a resume; in a plain loop the caller has to.
+
+        Args:
+            batches: the number of batches by role.
+        """
 
     @abstractmethod
     def step(
@@ -108,10 +123,47 @@ class LossUpdate(UpdateRule):
 
     Args:
         optimizer: makes the optimizer from the parameters.
+        bn_mode: whose statistics BatchNorm normalises with (and gathers): ``train``, those of every batch; ``eval``,
+            of none, the running statistics stay as they are; ``remain``, those of remaining batches only, forget
+            batches are normalised with the running statistics.
+
+    Raises:
+        ValueError: ``bn_mode`` is unknown.
     """
 
-    def __init__(self, optimizer: OptimizerFactory = default_optimizer) -> None:
+    def __init__(self, optimizer: OptimizerFactory = default_optimizer, bn_mode: BatchNormMode = "train") -> None:
+        if bn_mode not in ("train", "eval", "remain"):
+            raise ValueError(f"bn_mode is '{bn_mode}', allowed are train, eval and remain.")
         self.optimizer = optimizer
+        self.bn_mode = bn_mode
+        self.length: tuple[int, int] | None = None
+
+    def set_length(self, steps: int, steps_per_epoch: int) -> None:
+        """Say how long the run is: a Trainer does; a plain loop has to for rules with a schedule over the run.
+
+        Args:
+            steps: optimizer steps of the whole run.
+            steps_per_epoch: optimizer steps of one epoch.
+        """
+        self.length = (steps, steps_per_epoch)
+
+    def required_length(self) -> tuple[int, int]:
+        """Steps of the run and of an epoch, for rules with a schedule over the run.
+
+        Raises:
+            RuntimeError: nobody said how long the run is.
+        """
+        if self.length is None:
+            raise RuntimeError(
+                f"{type(self).__name__} needs to know how long the run is: give the Trainer max_epochs and loaders "
+                "with a length, or call set_length(steps, steps_per_epoch) in a plain loop."
+            )
+        return self.length
+
+    def batch_norm(self, network: nn.Module, role: str = "remain") -> AbstractContextManager[None]:
+        """What a forward pass on a batch of a role runs in, so that BatchNorm does as ``bn_mode`` says."""
+        held = self.bn_mode == "eval" or (self.bn_mode == "remain" and role == "forget")
+        return batch_norm_in_eval(network) if held else nullcontext()
 
     def configure(self, network: nn.Module) -> list[Optimizer]:
         """One optimizer over all trainable parameters."""
@@ -122,6 +174,21 @@ class LossUpdate(UpdateRule):
     def loss(self, network: nn.Module, batch: Any, k: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The scalar to minimise on this batch, and detached scalars worth logging."""
 
+    def before_optimizer_step(self) -> None:
+        """Change the gradients of the whole (accumulated, unscaled) batch, for instance mask them."""
+
+    def after_optimizer_step(self, k: int) -> None:
+        """Change the weights that step k, from 0, has left."""
+
+    def finish(self, network: nn.Module) -> None:
+        """Warn when weights are no longer finite, as ascent on an unbounded loss can leave them."""
+        if not torch.stack([p.detach().isfinite().all() for p in network.parameters()]).all():
+            warnings.warn(
+                f"{type(self).__name__} has left weights that are not finite: lower the learning rate or the weight of "
+                "the forget set, or clip the gradient.",
+                stacklevel=2,
+            )
+
     def step(
         self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
     ) -> dict[str, Tensor | float]:
@@ -130,7 +197,9 @@ class LossUpdate(UpdateRule):
         optimizer.zero_grad(set_to_none=True)
         loss, logs = self.loss(network, batch, k)
         backward(loss)
+        self.before_optimizer_step()
         optimizer.step()
+        self.after_optimizer_step(k)
         return logs
 
 

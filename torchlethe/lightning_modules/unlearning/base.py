@@ -17,6 +17,7 @@ from torchlethe.data import Feed
 from torchlethe.io import file_hash
 from torchlethe.lightning_modules.base import ClassificationModule
 from torchlethe.updates import LossUpdate, UpdateRule
+from torchlethe.updates.originals import KeepsOriginal
 
 
 class StepCounter(torch.optim.Optimizer):
@@ -95,6 +96,8 @@ class UnlearningModule(ClassificationModule):
     def setup(self, stage: str) -> None:
         """Check network, data and the Trainer's flags."""
         super().setup(stage)
+        if stage == "fit" and isinstance(self.update, KeepsOriginal):
+            self.update.keep_original(self.network)  # before a checkpoint replaces its weights
         if self.automatic_optimization or stage != "fit":
             return
         name, trainer = type(self).__name__, self.trainer
@@ -111,11 +114,13 @@ class UnlearningModule(ClassificationModule):
     def on_fit_start(self) -> None:
         """Let the run end after the rule's own number of steps, also when it is resumed there."""
         super().on_fit_start()
-        loop = self.trainer.fit_loop.epoch_loop
-        self._trainer_max_steps = loop.max_steps
-        own = getattr(self.update, "steps", None)
-        if own is not None and (loop.max_steps < 0 or own < loop.max_steps):
-            loop.max_steps = own
+        self._trainer_max_steps = self.trainer.fit_loop.epoch_loop.max_steps
+        self._limit_steps()
+
+    def _limit_steps(self) -> None:
+        own, given = getattr(self.update, "steps", None), self._trainer_max_steps
+        if own:
+            self.trainer.fit_loop.epoch_loop.max_steps = own if given < 0 else min(own, given)
 
     def on_fit_end(self) -> None:
         """Give the Trainer its own limit back."""
@@ -133,10 +138,29 @@ class UnlearningModule(ClassificationModule):
         if self._restored is not None:
             self.update.load_state_dict(self._restored)
             self._restored = None
+        if type(self.update).set_passes is not UpdateRule.set_passes:
+            self.update.set_passes(self._passes())
+            self._limit_steps()
+        if isinstance(self.update, LossUpdate) and self.trainer.num_training_batches < float("inf"):
+            steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
+            if 0 < steps < float("inf"):
+                self.update.set_length(int(steps), -(-int(batches) // self.trainer.accumulate_grad_batches))
         if not self.update.prepared:
             logs = self.update.prepare(self.network, self._preparation_batches())
             if self.logger is not None and logs:
                 self.logger.log_metrics(logs, step=self.global_step)
+        self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
+
+    def _passes(self) -> dict[str, int]:
+        """The number of batches of a pass over each role that is served."""
+        given: Any = self.trainer.train_dataloader
+        try:
+            if isinstance(given, dict):
+                return {role: len(loader) for role, loader in given.items()}
+            served = getattr(getattr(given, "sampler", None), "passes", None)
+            return dict(served) if served else {role: len(given) for role in self.reads}
+        except TypeError:
+            raise ValueError(f"{type(self).__name__} needs loaders that know their length.") from None
 
     def _preparation_batches(self) -> dict[str, Iterable[Any]]:
         """For each role that the rule reads its batches on the device, in order and without augmentation."""
@@ -162,22 +186,36 @@ class UnlearningModule(ClassificationModule):
         """One step of the rule."""
         loss: Tensor | None = None
         if isinstance(self.update, LossUpdate):
-            if isinstance(batch, dict) and set(batch) == self.reads:
+            if isinstance(batch, dict) and len(self.reads) == 1 and set(batch) == self.reads:
                 (batch,) = batch.values()
             loss, logs = self.update.loss(self.network, batch, self.global_step)
         else:
             logs = self.update.step(self.network, batch, self.global_step, self.manual_backward)
-            self.optimizers()[0].step()  # type: ignore[index]
+            counter: Any = self.optimizers()  # a list, unless the rule has no optimizer of its own
+            (counter[0] if isinstance(counter, list) else counter).step()
+            self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
         shown = {name: value for name, value in logs.items() if name in ("forget_loss", "remain_loss")}
         self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in logs.items() if name not in shown}, batch_size=1)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a rule with automatic optimization change the gradients, before the Trainer clips them."""
+        if isinstance(self.update, LossUpdate):
+            self.update.before_optimizer_step()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as Lightning does, then let a rule with automatic optimization look at the weights."""
+        k = self.global_step
+        super().optimizer_step(*args, **kwargs)
+        if isinstance(self.update, LossUpdate):
+            self.update.after_optimizer_step(k)
+
     def on_train_end(self) -> None:
         """Let the rule look back; say when the run was cut short, as its schedule then never came to its end."""
         self.update.finish(self.network)
         steps, trainer = getattr(self.update, "steps", 0), self.trainer
-        if self.global_step < steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.global_step < steps and not self.update.stopped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warnings.warn(
                 f"{type(self).__name__} stopped after {self.global_step} of {steps} steps: the Trainer's max_epochs or "
                 "max_steps, or a callback, ended the run early.",

@@ -23,6 +23,7 @@ class FineTune(UnlearningModule):
         optimizer: makes the optimizer from the parameters.
         lr_scheduler: makes the learning-rate scheduler from the optimizer.
         lr_interval: whether the scheduler steps after each ``epoch`` or each ``step``.
+        bn_mode: whether BatchNorm uses (and updates) its statistics from the batches: ``train`` or ``eval``.
 
     Note:
         Automatic optimization: accumulation, clipping and precision are flags of the Trainer. Under DDP as
@@ -37,5 +38,6 @@ class FineTune(UnlearningModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        bn_mode: Literal["train", "eval"] = "train",
     ) -> None:
-        super().__init__(network, num_classes, FineTuneUpdate(optimizer), weights, lr_scheduler, lr_interval)
+        super().__init__(network, num_classes, FineTuneUpdate(optimizer, bn_mode), weights, lr_scheduler, lr_interval)

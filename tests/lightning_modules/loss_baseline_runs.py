@@ -1,0 +1,86 @@
+"""Runs of the loss-type baselines that the resume and rank tests repeat; also a script for one of two ranks.
+
+python -m tests.lightning_modules.loss_baseline_runs FOLDER RANK PORT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.helpers import cosine, forgetful_digits, norm_free_network, quiet_trainer, sgd
+from torchlethe.io import save_weights
+from torchlethe.lightning_modules import (
+    NPO,
+    CFk,
+    EUk,
+    GradientAscent,
+    JiT,
+    L1Sparse,
+    NegGradPlus,
+    RandomLabel,
+    SalUn,
+    SalUnSoft,
+    UnlearningModule,
+)
+
+Make = Callable[..., UnlearningModule]
+
+
+def _module(module_class: Any, **fixed: Any) -> Make:
+    def make(network: nn.Module, **changed: Any) -> UnlearningModule:
+        return module_class(network, 10, **({"optimizer": sgd(0.01)} | fixed | changed))
+
+    return make
+
+
+KINDS: dict[str, Make] = {
+    "gradient_ascent": _module(GradientAscent),
+    "neg_grad_plus": _module(NegGradPlus),
+    "npo": _module(NPO, lr_scheduler=cosine(2)),
+    "random_label": _module(RandomLabel),
+    "random_label_joined": _module(RandomLabel, order="joined", labels="other", redraw="once"),
+    "salun": _module(SalUn),
+    "salun_soft": _module(SalUnSoft),
+    "l1_sparse": _module(L1Sparse),
+    "cf_k": _module(CFk),
+    "eu_k": _module(EUk),
+    "jit": _module(JiT, draws=2, bn_mode="train"),
+}
+
+RANKS = ("npo", "random_label_joined", "salun", "cf_k", "jit")
+"""One of each way in which ranks could differ: a paired feed, labels, a measured mask, frozen weights, noise."""
+
+
+def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:
+    """A short run in float64 of a network without BatchNorm; writes the weights."""
+    named = {"blocks": ["3", "5"]} if kind in ("cf_k", "eu_k") else {}
+    module = KINDS[kind](norm_free_network().double(), **named)
+    trainer = quiet_trainer(precision="64-true", max_epochs=1, limit_train_batches=6, **arguments)
+    trainer.fit(module, datamodule=forgetful_digits(batch_size=batch_size, test_size=597))
+    if trainer.is_global_zero:
+        save_weights(module.network, folder / f"{kind}.safetensors")
+
+
+def main() -> None:
+    """See the module's text."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    torch.set_num_threads(1)
+    folder, rank, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2"}
+    for kind in RANKS:
+        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+        joined(kind, 30, folder, devices=2, strategy=strategy)
+
+
+if __name__ == "__main__":
+    main()
