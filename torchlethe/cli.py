@@ -26,6 +26,9 @@ LIGHTNING = {
 COMMANDS = {
     **LIGHTNING,
     "study": "run a graph of stages and write its table and report",
+    "evaluate": "judge weights that were unlearned elsewhere",
+    "push": "publish weights and reports with a model card",
+    "pull": "fetch weights and reports, refusing unsafe files",
     "list": "show modules, datamodules, callbacks, models, configs",
 }
 
@@ -95,6 +98,14 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from torchlethe.study.command import study
 
         return study(rest, run_stage=_run_stage)
+    if command == "evaluate":
+        from torchlethe.evaluate import evaluate
+
+        return evaluate(rest)
+    if command in ("push", "pull"):
+        from torchlethe.hub import command as hub
+
+        return hub.push(rest) if command == "push" else hub.pull(rest)
     raise UsageError(f"unknown command '{command}'{suggest(command, COMMANDS)}")
 
 

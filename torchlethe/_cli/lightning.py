@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
+from torchlethe._cli.records import RecordConfig, record_metrics
 
 # Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
 REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
@@ -38,12 +39,13 @@ ARGUMENTS_LOG = logging.getLogger("torchlethe.arguments")
 ARGUMENTS_LOG.addHandler(logging.NullHandler())
 
 
-def run(command: str, words: Sequence[str]) -> LetheCLI:
+def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], LetheCLI] | None = None) -> LetheCLI:
     """Run one LightningCLI command.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         words: the command line after it.
+        cli: what runs it, :class:`LetheCLI` by default.
 
     Returns:
         The finished CLI, with its ``trainer``, ``model`` and ``datamodule``.
@@ -58,7 +60,7 @@ def run(command: str, words: Sequence[str]) -> LetheCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
     try:
-        return LetheCLI(command, _resolve_configs(words))
+        return (cli or LetheCLI)(command, _resolve_configs(words))
     except BaseException:
         unpatch_loaders()
         raise
@@ -159,6 +161,7 @@ class LetheCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            save_config_callback=RecordConfig,
             parser_kwargs={"prog": "lethe", **options, command: dict(options)},
         )
 
@@ -282,12 +285,18 @@ class LetheCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
-        """Say where the files of the run are."""
+        """Write the last metrics, and say where the files of the run are."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        record_metrics(self.trainer)
         folder = self.trainer.log_dir or self.trainer.default_root_dir  # on every rank, as it is broadcast
         if self.trainer.is_global_zero:
             sys.stdout.write(f"files  {_relative(folder)}\n")
+
+    def after_validate(self) -> None:
+        """Write the metrics."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            record_metrics(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add Lethe's checkpoint writer, guard and writer of results, each unless the configuration has one."""
