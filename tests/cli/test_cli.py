@@ -311,6 +311,18 @@ def test_a_typed_argument_is_never_dropped(capfd):
     assert "'momentum' would be dropped" in capfd.readouterr().err
 
 
+def test_an_argument_of_the_same_name_deeper_down_is_kept(tmp_path):
+    (tmp_path / "sgd.yaml").write_text(
+        "model: {init_args: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1}}}}"
+    )
+    line = shlex.split(
+        "--config sgd.yaml --model.optimizer FriendlySAM --model.optimizer.base_optimizer torch.optim.AdamW"
+        " --model.optimizer.base_optimizer.lr 0.25"
+    )
+    model = run("fit", [*FIT[1:], *line, *DRY]).model
+    assert model.optimizers().optimizer.base.param_groups[0]["lr"] == 0.25
+
+
 def test_an_argument_of_a_file_is_dropped_with_a_note(tmp_path, capfd):
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
     (tmp_path / "base.yaml").write_text(

@@ -188,7 +188,9 @@ class LetheCLI(LightningCLI):
             raise
         finally:
             ARGUMENTS_LOG.removeHandler(dropped)
-        typed = {part for word in self._typed() for part in word.split(".")}
+        final = self.config[self.command]
+        # what was typed and is not there any more; an argument of the same name elsewhere is none of our business
+        typed = {word.rsplit(".", 1)[-1] for word in self._typed() if not _holds(final, word)}
         for old, new, name in dropped.found:
             change = f"the class changes from {_short(old)} to {_short(new)}, which has no argument '{name}'"
             if name in typed:
@@ -348,6 +350,13 @@ def _at(config: Any, key: str) -> Any:
         config = config.get("init_args", config) if isinstance(config, Namespace) else None
         config = config.get(part) if isinstance(config, Namespace) else None
     return config if isinstance(config, Namespace) else None
+
+
+def _holds(config: Any, key: str) -> bool:
+    """Whether a configuration has an argument at a dotted key without ``init_args``, or something that is no class."""
+    parent, _, name = key.rpartition(".")
+    at = _at(config, parent) if parent else config
+    return at is None or name in (at.get("init_args") or at)
 
 
 def _taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str, str]]:

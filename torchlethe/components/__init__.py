@@ -1,19 +1,29 @@
 """Stateful units that methods share; plain PyTorch, usable in any training loop."""
 
 from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
+from torchlethe.components.ascent_rules import RULES, AscentRule, FullGradientRule, ascent_rule
 from torchlethe.components.distributed import all_reduce_sum, world_size
 from torchlethe.components.fast_slow_updater import FastSlowUpdater
 from torchlethe.components.fisher import DiagonalFisher
-from torchlethe.components.modes import batch_norm_in_eval, eval_mode
+from torchlethe.components.modes import batch_norm_in_eval, eval_mode, frozen_statistics, normalisation_parameters
 from torchlethe.components.saliency_mask import SaliencyMask
+from torchlethe.components.sharpness_engine import NonFiniteGradientError, SharpnessEngine
 
 __all__ = [
+    "RULES",
     "AdaptiveForgetLoss",
+    "AscentRule",
     "DiagonalFisher",
     "FastSlowUpdater",
+    "FullGradientRule",
+    "NonFiniteGradientError",
     "SaliencyMask",
+    "SharpnessEngine",
     "all_reduce_sum",
+    "ascent_rule",
     "batch_norm_in_eval",
     "eval_mode",
+    "frozen_statistics",
+    "normalisation_parameters",
     "world_size",
 ]

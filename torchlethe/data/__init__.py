@@ -12,7 +12,7 @@ from torchlethe.data.forget import (
 )
 from torchlethe.data.hashing import mix_seed, random_bits
 from torchlethe.data.images import ImageDataset, InMemoryImages
-from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise
+from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise, UniformNoise
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.data.roles import (
     ROLES,
@@ -65,6 +65,7 @@ __all__ = [
     "Sequential",
     "Single",
     "SymmetricNoise",
+    "UniformNoise",
     "WrappedDataset",
     "as_batch",
     "class_balanced",

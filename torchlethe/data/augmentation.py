@@ -23,6 +23,9 @@ class Augmentation:
         flip: Mirror half of the images left to right.
         cutout: Side in pixels of a square set to 0, centred at any pixel and clipped at the border (DeVries and
             Taylor, 2017); 0 for none.
+        cutout_probability: Share of the images that get it.
+        cutout_value: What the square is filled with, in [0, 1]: a number or one a channel. The data set's mean stands
+            for a fill of 0 after normalisation, as most CIFAR code has it.
         rand_augment: Operations of RandAugment per image (Cubuk et al., 2020); 0 for none.
         magnitude: Strength of these operations, 0 to 30.
 
@@ -38,14 +41,26 @@ class Augmentation:
     """
 
     def __init__(
-        self, crop: int = 4, flip: bool = True, cutout: int = 0, rand_augment: int = 0, magnitude: int = 9
+        self,
+        crop: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+        rand_augment: int = 0,
+        magnitude: int = 9,
+        cutout_probability: float = 1.0,
+        cutout_value: float | list[float] = 0.0,
     ) -> None:
         for name, value in (("crop", crop), ("cutout", cutout), ("rand_augment", rand_augment)):
             if value < 0:
                 raise ValueError(f"{name} is {value}, but must be 0 (off) or positive.")
         if not 0 <= magnitude <= 30:
             raise ValueError(f"magnitude is {magnitude}, but must lie in 0…30.")
-        self.crop, self.flip, self.cutout = crop, flip, cutout
+        if not 0 <= cutout_probability <= 1:
+            raise ValueError(f"cutout_probability is {cutout_probability}, but must lie in [0, 1].")
+        self.cutout_value = [cutout_value] if isinstance(cutout_value, int | float) else list(cutout_value)
+        if not all(0 <= value <= 1 for value in self.cutout_value):
+            raise ValueError(f"cutout_value is {cutout_value}, but pixels lie in [0, 1].")
+        self.crop, self.flip, self.cutout, self.cutout_probability = crop, flip, cutout, cutout_probability
         self.rand_augment, self.magnitude = rand_augment, magnitude
         self._policy: Any = None
 
@@ -70,8 +85,8 @@ class Augmentation:
         Returns:
             (B, C, H, W) uint8, on the device of ``images``.
         """
-        # two numbers for the crop, one for the flip, one for RandAugment, two for cutout: as many as are needed
-        streams = 6 if self.cutout else 4 if self.rand_augment else 3
+        # two numbers for the crop, one for the flip, one for RandAugment, two or three for cutout: what is needed
+        streams = (6 + (self.cutout_probability < 1)) if self.cutout else 4 if self.rand_augment else 3
         bits = random_bits(seed, epoch, index, streams).to(images.device)
         on = torch.ones_like(bits[:, 0], dtype=torch.bool) if augment is None else augment.to(images.device)
         images = self._crop_and_flip(images, bits, on)
@@ -102,14 +117,23 @@ class Augmentation:
 
     def _cut_out(self, images: Tensor, bits: Tensor, on: Tensor) -> Tensor:
         height, width = images.shape[-2:]
+        if self.cutout_probability < 1:
+            on = on & (bits[:, 6] < self.cutout_probability * 2**32)
 
         def hidden(size: int, draw: Tensor) -> Tensor:
             start = draw % size - self.cutout // 2
             place = torch.arange(size, device=images.device)
             return (place >= start[:, None]) & (place < start[:, None] + self.cutout) & on[:, None]
 
-        box = hidden(height, bits[:, 4])[:, :, None] & hidden(width, bits[:, 5])[:, None, :]
-        return images * ~box[:, None]
+        box = (hidden(height, bits[:, 4])[:, :, None] & hidden(width, bits[:, 5])[:, None, :])[:, None]
+        if not any(self.cutout_value):
+            return images * ~box
+        if len(self.cutout_value) not in (1, images.shape[1]):
+            raise ValueError(
+                f"cutout_value has {len(self.cutout_value)} numbers, but the images have {images.shape[1]} channels."
+            )
+        fill = [round(255 * value) for value in self.cutout_value]
+        return torch.where(box, torch.tensor(fill, dtype=images.dtype, device=images.device)[:, None, None], images)
 
     def _rand_augment(self, images: Tensor, draws: Tensor, on: Tensor) -> Tensor:
         if self._policy is None:

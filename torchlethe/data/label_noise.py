@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,14 +76,33 @@ class AsymmetricNoise(LabelNoise):
         fraction: Share of the samples that are drawn, in [0, 1]; those whose class has no entry in ``pairs`` keep it.
         pairs: From class to the class it is mistaken for; by default each for the next one, ``(y + 1) mod C``.
         seed: Seed of the draw.
+        draw: ``hash`` draws like the other kinds; ``fsam`` takes the samples that nblt/F-SAM takes for that seed.
 
     >>> AsymmetricNoise(1.0, pairs={9: 1})(torch.tensor([9, 3]), 10).tolist()
     [1, 3]
     """
 
-    def __init__(self, fraction: float, pairs: Mapping[int, int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        fraction: float,
+        pairs: Mapping[int, int] | None = None,
+        seed: int = 0,
+        draw: Literal["hash", "fsam"] = "hash",
+    ) -> None:
         super().__init__(fraction, seed)
+        if draw not in ("hash", "fsam"):
+            raise ValueError(f"draw is {draw!r}, but must be 'hash' or 'fsam'.")
+        self.draw = draw
         self.pairs = None if pairs is None else {int(key): int(value) for key, value in pairs.items()}
+
+    @override
+    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:
+        if self.draw == "hash":
+            return super().__call__(labels, num_classes)
+        hit, _ = _fsam_draw(len(labels), self.fraction, self.seed)
+        noisy = labels.clone()
+        noisy[hit] = self.corrupt(labels[hit], num_classes, torch.Generator())
+        return noisy
 
     @override
     def corrupt(self, labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -92,3 +113,34 @@ class AsymmetricNoise(LabelNoise):
         table = torch.arange(num_classes)
         table[list(self.pairs)] = torch.tensor(list(self.pairs.values()), dtype=torch.int64)
         return table[labels]
+
+
+class UniformNoise(LabelNoise):
+    """Labels redrawn from all classes, the right one included, sample by sample as nblt/F-SAM does it.
+
+    For the same seed, number of samples and classes the labels are those of its ``cifar_dataset``. As a redrawn label
+    may be right, the share of wrong ones is about ``fraction · (1 - 1/C)``.
+
+    Args:
+        fraction: Share of the samples whose label is redrawn, in [0, 1]; ``int(fraction · N)`` of them.
+        seed: Seed of the draw.
+
+    >>> noisy = UniformNoise(0.5)(torch.zeros(1000, dtype=torch.int64), 10)
+    >>> int((noisy != 0).sum())
+    452
+    """
+
+    @override
+    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:
+        hit, generator = _fsam_draw(len(labels), self.fraction, self.seed)
+        noisy = labels.clone()
+        noisy[hit] = torch.tensor([generator.randint(0, num_classes - 1) for _ in range(len(hit))], dtype=labels.dtype)
+        return noisy
+
+
+def _fsam_draw(count: int, fraction: float, seed: int) -> tuple[Tensor, random.Random]:
+    """The samples that nblt/F-SAM corrupts, in ascending order, and the generator as it stands after that."""
+    generator = random.Random(seed)
+    order = list(range(count))
+    generator.shuffle(order)
+    return torch.tensor(sorted(order[: int(fraction * count)]), dtype=torch.int64), generator
