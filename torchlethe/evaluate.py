@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
 from torchlethe._cli.parser import Parser
+from torchlethe.files import atomic_write, file_hash
 
 USAGE = "lethe evaluate WEIGHTS [--reference WEIGHTS] [--original WEIGHTS] --network … --data … --forget … [options]"
 EPILOG = """\
@@ -118,7 +120,7 @@ def evaluate(words: Sequence[str]) -> int:
     written = [output / "evaluation.json", output / "evaluation.npz"]
     if options.report:
         written.append(_report(metrics, meta, weights, output, shlex.join(["lethe", "evaluate", *words])))
-    _say("".join(f"{'files' if position == 0 else '':<7}{path}\n" for position, path in enumerate(written)))
+    sys.stdout.write("".join(f"{'files' if position == 0 else '':<7}{path}\n" for position, path in enumerate(written)))
     return 0
 
 
@@ -189,8 +191,6 @@ def _keys_of(path: str) -> set[str]:
 
 def _refuse_other_weights(output: Path, weights: Path) -> None:
     """An evaluation of other weights is not overwritten."""
-    from torchlethe.io import file_hash
-
     path = output / "evaluation.json"
     if not path.exists():
         return
@@ -204,8 +204,6 @@ def _refuse_other_weights(output: Path, weights: Path) -> None:
 
 def _complete(path: Path, more: Mapping[str, float], weights: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Add what the callback does not know: ZRF, unlearning accuracy, and which weights were judged."""
-    from torchlethe.io import atomic_write, file_hash
-
     content = json.loads(path.read_text("utf-8"))
     meta = content.pop("meta")
     meta["weights"] = {"path": str(weights), "sha256": file_hash(weights)}
@@ -289,9 +287,3 @@ def _report(metrics: Mapping[str, float], meta: Mapping[str, Any], weights: Path
         original="Original" if "Original" in titles else None,
     )
     return write_report(results, output, command, Path.cwd())
-
-
-def _say(text: str) -> None:
-    import sys
-
-    sys.stdout.write(text)

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from tests.study.digits import enter
 from torchlethe.study.fingerprints import fingerprint
 from torchlethe.study.keys import code_version, module_version
 
@@ -13,3 +14,10 @@ def fresh_memory():
     for function in (code_version, module_version, fingerprint):
         function.cache_clear()
     importlib.invalidate_caches()
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """The working directory has the files of the digits study."""
+    monkeypatch.chdir(tmp_path)
+    enter(tmp_path)

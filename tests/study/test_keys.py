@@ -52,13 +52,30 @@ def test_modules_of_the_user_count(here, monkeypatch):
     assert reasons(study()) == {"a": "the code of my_method changed", "b": ""}
 
 
-def test_the_code_version_is_that_of_the_source():
-    code_version.cache_clear()
-    before = code_version()
-    code_version.cache_clear()
-    assert before == code_version()
-    assert len(before) == 16
-    assert module_version("numpy") == np.__version__  # installed
+def test_code_counts_where_it_can_change_a_result(here, monkeypatch):
+    monkeypatch.setattr("torchlethe.study.keys.PACKAGE", here / "package")
+    names = ("updates/sfron.py", "_cli/lightning.py", "_cli/errors.py", "hub/card.py", "evaluate.py", "study/search.py")
+    for name in names:
+        (here / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "package" / name).write_text("")
+    (here / "package/study/search_space.py").touch()
+
+    def versions():
+        code_version.cache_clear()
+        return code_version(), code_version(search=True)
+
+    counted = {}
+    for name in names:
+        before = versions()
+        (here / "package" / name).write_text("changed")
+        counted[name] = tuple(old != new for old, new in zip(before, versions(), strict=True))
+    assert {name for name, found in counted.items() if found == (True, True)} == set(names[:2])
+    assert {name for name, found in counted.items() if found == (False, True)} == {"study/search.py"}
+    assert {name for name, found in counted.items() if found == (False, False)} == set(names[2:5])
+
+
+def test_installed_packages_count_by_version():
+    assert module_version("numpy") == np.__version__
 
 
 def test_changed_data_reruns(here):

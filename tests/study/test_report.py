@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,40 +345,3 @@ def test_explain_metrics_defines_those_of_the_table_first(tmp_path, capsys):
     assert "One minus the bad-teacher divergence to an untrained network on the forget set." in text
     assert "hessian_trace not in the catalogue" in text
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_from_file_to_report(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    from torchlethe._cli.catalog import configs_folder
-
-    source = configs_folder() / "digits"
-    content = yaml.safe_load((source / "study.yaml").read_text())
-    content["seeds"] = [3]
-    del content["scenarios"]["ten_percent"]
-    for stage, settings in content["stages"].items():
-        short = {"model.init_args.steps": 4} if stage == "sfron" else {"trainer.max_epochs": 1}
-        settings["set"] |= short if settings.get("command") != "test" else {}
-    for path in source.glob("*.yaml"):
-        Path(path.name).write_text(path.read_text())
-    Path("study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-
-    assert main(["study", "study.yaml", "--dry-run"]) == 0
-    assert "5 of 5 stages would run" in capfd.readouterr().err
-    assert not Path("runs").exists()
-    assert main(["study", "study.yaml", "--output", "out"]) == 0
-    assert "5 stages run, 0 kept, 0 failed" in capfd.readouterr().err
-    table = Path("out/table.md").read_text()
-    for method in ("Original", "Retrain", "FineTune", "SFRon"):
-        assert f"| {method} |" in table
-    html = Path("out/report.html").read_text()
-    assert "lethe study study.yaml --output out" in html
-    assert str(tmp_path) not in html  # nothing of the machine
-    assert {"bars.pdf", "bars.png", "confidence.pdf", "pareto.png"} <= {
-        path.name for path in Path("out/figures").iterdir()
-    }
-    assert r"\begin{tabular}" in Path("out/table.tex").read_text()
-    assert main(["study", "study.yaml", "--output", "out", "--dry_run"]) == 0
-    assert "0 of 5 stages would run" in capfd.readouterr().err
-    assert main(["study", "study.yaml", "--output", "out", "--force", "sfron"]) == 0
-    assert "1 stages run, 4 kept" in capfd.readouterr().err
-    assert Path("out/table.csv").read_text().count("\n") > 20

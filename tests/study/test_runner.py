@@ -114,7 +114,7 @@ def test_a_moved_output_is_still_done(make):
 
 def test_other_code_reruns_unless_it_is_ignored(make, monkeypatch):
     run_jobs(make(), Stages())
-    monkeypatch.setattr("torchlethe.study.keys.code_version", lambda: "another")
+    monkeypatch.setattr("torchlethe.study.keys.code_version", lambda search: "another")
     assert {why(job) for job in make()} == {"the code of torchlethe changed"}
     assert {why(job, ignore_code=True) for job in make()} == {""}
     assert {why(job, ignore_code=True) for job in make(other={"size": 4}) if job.stage.name == "other"} == {

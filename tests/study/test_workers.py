@@ -40,6 +40,14 @@ def test_stages_run_side_by_side_with_one_thread_each():
     assert {outcome.status for outcome in run(jobs).values()} == {"kept"}
 
 
+def test_where_processes_are_not_copied_stages_start_cold(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    (job,) = plan({"a": {}})
+    (outcome,) = run([job]).values()
+    assert outcome.status == "done"
+    assert (seen(job)["torch"], seen(job)["omp"]) == (False, "1")
+
+
 def test_nothing_of_a_stage_reaches_the_next():
     outcomes = run(plan({"a": {"set": {"do": "global"}}}, seeds=(0, 1, 2)), workers=1)
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import inspect
@@ -64,6 +65,17 @@ def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], Leth
     except BaseException:
         unpatch_loaders()
         raise
+
+
+@atexit.register
+def leave_process_group() -> None:
+    """Leave the process group, if this process is in one, before the interpreter ends.
+
+    Lightning does so for NCCL only. A process that ends in a group of gloo is sometimes aborted at its very end, which
+    turns a finished run into a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def unpatch_loaders() -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from torchlethe.callbacks.run_folder import run_folder
-from torchlethe.io import atomic_write
+from torchlethe.files import atomic_write
 
 
 class RecordConfig(SaveConfigCallback):

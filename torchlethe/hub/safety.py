@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from torchlethe._cli.errors import UsageError
-from torchlethe.io import local_path
+from torchlethe.files import local_path
 
 WEIGHTS = (".safetensors",)
 TEXTS = (".md", ".txt", ".json", ".yaml", ".yml", ".tex", ".html")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from typing import Any
 import yaml
 
 from torchlethe._cli.errors import UsageError
+from torchlethe.files import file_hash, remove_stale
 from torchlethe.hub.card import Facts, card
 from torchlethe.hub.safety import check_folder, check_names, command_without_paths, without_paths
-from torchlethe.io import STALE_SECONDS, SUFFIXES, file_hash, read_state_dict, save_weights
+from torchlethe.io import SUFFIXES, read_state_dict, save_weights
 
 CARD, WEIGHTS, CONFIG, EVALUATION, REPORT = (
     "README.md",
@@ -247,20 +246,12 @@ def _staging(target: Path | None) -> Iterator[Path]:
         return
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
+    remove_stale(target.absolute())
     staged = Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-
-
-def _remove_stale(target: Path) -> None:
-    # what a killed process left; a younger folder may belong to one that is at work
-    pattern = re.compile(re.escape(f".{target.name}.") + r"[^.]{8}\.tmp")
-    for path in target.absolute().parent.iterdir():
-        if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(staged: Path, target: Path) -> None:
@@ -272,10 +263,10 @@ def _move(staged: Path, target: Path) -> None:
         os.rename(staged, target)
         return
     old = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}.", suffix=".tmp"))
-    os.replace(target, old)
+    os.rename(target, old / target.name)
     try:
         os.rename(staged, target)
     except OSError:
-        os.replace(old, target)
+        os.rename(old / target.name, target)
         raise
     shutil.rmtree(old, ignore_errors=True)

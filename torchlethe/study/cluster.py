@@ -211,10 +211,13 @@ class Cluster(Launcher):
 
     def _outcome(self, job: Job, submitted: Any) -> Outcome:
         try:
+            # a file system of many machines may show the result later: submitit waits for it; here there is no need to
+            if self.kind == "local" and not submitted.paths.result_pickle.is_file():
+                raise RuntimeError(submitted.stderr() or "its process ended")
             status, seconds, message = submitted.results()[0]
         except Exception as error:  # whatever ended the job, it ends no other one
             state = str(submitted.state) if self.kind == "slurm" else "no result"
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[-300:]  # the error stands at the end of a log
             message = f"its job {submitted.job_id} on the cluster ended with {state}: {reason}"
             record_end(job, message)
             return Outcome(job, "failed", 0.0, message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +92,7 @@ def study(words: Sequence[str], run_stage: RunStage) -> int:
     if options.dry_run:
         return _dry_run(console, jobs, options.force, options.ignore_code, None if options.no_reuse else root)
     begin = time.perf_counter()
-    with _alone(root):
+    with alone(root):
         idle = not any(why(job, options.force, options.ignore_code) for job in jobs)
         launcher = Launcher(run_stage) if idle else _launcher(options, run_stage, root, spec.slurm)
         record = read_json(root / STUDY)
@@ -161,8 +160,15 @@ def _dry_run(console: Console, jobs: Sequence[Job], force: Sequence[str], ignore
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Refuse to write to a folder that another study is writing to."""
+def alone(root: Path) -> Iterator[None]:
+    """Refuse to write to a folder that another study is writing to.
+
+    Args:
+        root: the study's output folder.
+
+    Raises:
+        UsageError: another process is in this context with the folder.
+    """
     from filelock import FileLock, Timeout
 
     root.mkdir(parents=True, exist_ok=True)
@@ -174,6 +180,4 @@ def _alone(root: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with contextlib.suppress(OSError):
-            os.unlink(root / ".lock")
+        lock.release()  # the file stays: removing it could take it from under a study that has just locked it

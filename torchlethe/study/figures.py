@@ -18,6 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from torchlethe.files import atomic_write
+
 WIDTH = 330  # points, shown as as many CSS pixels
 MARKS = 16
 
@@ -127,8 +129,6 @@ def save(plots: Sequence[Plot], path: Path, note: str = "", columns: int = 3) ->
         The files written.
     """
     import matplotlib as mpl
-
-    from torchlethe.io import atomic_write
 
     columns = min(columns, len(plots))
     rows = [plots[start : start + columns] for start in range(0, len(plots), columns)]

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torchlethe.files import atomic_write
+
 DONE, STARTED, LOG, ERROR = "done.json", "stage.json", "log.txt", "error.txt"
 
 
@@ -31,7 +33,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file in one atomic step."""
-    from torchlethe.io import atomic_write
-
     with atomic_write(path) as temporary:
         temporary.write_text(content, "utf-8")

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[1]
 # updating these changes a lot of things a little; their versions are recorded with the study, but do not count
 FRAMEWORKS = frozenset({"torch", "lightning", "pytorch_lightning", "torchvision", "torchmetrics", "torchlethe"})
+# what is around the stages: it plans, starts, judges from outside, reports and publishes
+AROUND = (
+    "study/",
+    "hub/",
+    "evaluate.py",
+    "cli.py",
+    *(f"_cli/{name}.py" for name in ("catalog", "errors", "judge", "parser", "warm")),
+)
+SEARCH = ("study/search.py", "study/search_space.py")
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
@@ -82,8 +91,9 @@ def identify(job: Job) -> Identity:
             add(f"the result of {need.stage.base}", _result(need.folder))
     if job.stage.search is not None:
         add("search", json.dumps(job.stage.search, default=str))
-    add("the code of torchlethe", code_version())
-    for module in sorted(_modules(documents)):
+    searched = job.stage.search is not None
+    add("the code of torchlethe", code_version(searched))
+    for module in sorted(_modules(documents) | ({"optuna"} if searched else set())):
         add(f"the code of {module}", module_version(module))
     return Identity(hashlib.sha256("\0".join(digest).encode()).hexdigest(), parts)
 
@@ -133,11 +143,21 @@ def _result(folder: Path) -> str:
     return f"{read_json(folder / DONE).get('key', 'missing')} {file_content(weights) if weights.is_file() else ''}"
 
 
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """A hash over the source of ``torchlethe``, except the part that plans, starts and reports stages."""
-    files = (path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "study")
-    return _source_hash(files, PACKAGE)
+@lru_cache(maxsize=2)
+def code_version(search: bool = False) -> str:
+    """A hash over the source of ``torchlethe`` but for what changes no result of a stage, see ``AROUND``.
+
+    Not the version's number, which stays the same from one commit to the next.
+
+    Args:
+        search: whether the part that tries out settings counts too.
+    """
+    counted = set(SEARCH if search else ())
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not place.startswith(AROUND):
+            counted.add(place)
+    return _source_hash((PACKAGE / place for place in counted), PACKAGE)
 
 
 def report_key(study: Path, jobs: Iterable[Job], words: Iterable[str]) -> str:

@@ -156,7 +156,8 @@ def last_checkpoint(job: Job) -> Path | None:
     """The newest checkpoint in the middle of a job's training.
 
     None for anything but a fit, for one whose end the configuration does not give (a method that ends by itself), and
-    where the training was complete: what Lightning does at its end would be left out by going on from there.
+    where the training was complete, by its length or by early stopping: going on from there would leave out what
+    Lightning does at its end, or train further.
     """
     found = sorted(job.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if job.stage.command != "fit" or job.stage.search is not None or not found or not found[-1].is_file():
@@ -168,10 +169,16 @@ def last_checkpoint(job: Job) -> Path | None:
         content = torch.load(found[-1], map_location="cpu", weights_only=True, mmap=True)
         step = int(content["global_step"])
         epoch = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+        stopped = any(map(_has_stopped, content["callbacks"].values()))
     except Exception:  # a damaged file raises whatever its bytes happen to mean
         return None
     limits = [(done, end) for done, end in ((epoch, epochs), (step, steps)) if isinstance(end, int) and end > 0]
-    return found[-1] if limits and all(done < end for done, end in limits) else None
+    return found[-1] if limits and not stopped and all(done < end for done, end in limits) else None
+
+
+def _has_stopped(state: Any) -> bool:
+    """Whether the state of a callback is that of an EarlyStopping which has ended the training."""
+    return isinstance(state, dict) and bool(state.get("stopped_epoch") or state.get("stopping_reason"))
 
 
 def check_folder(folder: Path) -> bool:

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,12 @@ class Workers(Launcher):
         self.free = list(self.gpus)
         self.threads = threads
         self.running: list[_Running] = []
-        copied = "forkserver" in multiprocessing.get_all_start_methods()
+        # elsewhere a process that has imported PyTorch must not be copied, so each stage begins with a cold start
+        copied = sys.platform.startswith("linux")
         self.context: Any = multiprocessing.get_context("forkserver" if copied else "spawn")
         if copied:
+            from multiprocessing import forkserver
+
             self.context.set_forkserver_preload([warm])
             with _threads_in_environment(threads), _interrupts_ignored():
                 forkserver.ensure_running()  # it imports while this process gets ready
@@ -189,7 +191,8 @@ class Workers(Launcher):
 def how_it_ended(exitcode: int | None) -> str:
     """Why a process ended without a word, as a sentence."""
     if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
+        known = -exitcode in set(signal.Signals)  # real-time signals have no names
+        name = signal.Signals(-exitcode).name if known else f"signal {-exitcode}"
         reason = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         return f"its process was ended by {name}{reason}."
     return f"its process ended with the status {exitcode} before the stage was over."
