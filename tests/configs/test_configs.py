@@ -1,6 +1,8 @@
 """Every shipped configuration: found, explained by its first lines, parsed and run."""
 
+import hashlib
 import io
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision import datasets
 
 from torchlethe._cli.catalog import configs_folder
 from torchlethe.cli import main
@@ -19,7 +22,7 @@ from torchlethe.study import load_study, plan_jobs
 
 CONFIGS = configs_folder()
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-STUDIES = sorted(CONFIGS.rglob("study.yaml"))
+STUDIES = sorted(CONFIGS.rglob("*study.yaml"))
 STAND_IN = "shufflenet_v2_x0_5"  # Swin-T runs once; where weights are loaded, a smaller network takes its place
 CPU = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -39,6 +42,27 @@ def picture(rng: np.random.Generator, size: int, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def write_cifar100(root: Path, rng: np.random.Generator, patch: pytest.MonkeyPatch) -> None:
+    """Two dozen images in torchvision's format, and their checksums in torchvision's lists."""
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    def images(count):
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {"data": pixels, "fine_labels": list(range(count))}
+
+    patch.setattr(datasets.CIFAR100, "train_list", [["train", write("train", images(24))]])
+    patch.setattr(datasets.CIFAR100, "test_list", [["test", write("test", images(8))]])
+    meta = {"filename": "meta", "key": "fine_label_names"}
+    names = {"fine_label_names": [str(number) for number in range(100)]}
+    patch.setattr(datasets.CIFAR100, "meta", meta | {"md5": write("meta", names)})
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """By configuration folder: the overrides that point at generated data, and weights of the right shape."""
@@ -51,6 +75,9 @@ def small(tmp_path_factory):
         images = [{"bytes": picture(rng, 32, "PNG"), "path": None} for _ in range(count)]
         table = pa.table({"img": images, "label": [number % 10 for number in range(count)]})
         pq.write_table(table, cifar / f"{split}-00000-of-00001.parquet")
+
+    patch = pytest.MonkeyPatch()
+    write_cifar100(cifar, rng, patch)
 
     tiny = root / "tiny-imagenet-200"
     (tiny / "val" / "images").mkdir(parents=True)
@@ -78,8 +105,10 @@ def small(tmp_path_factory):
         "cifar10": {"root": cifar, "download": "false", "batch_size": 8},
         "cifar10_small": {"path": cifar, "subset": 20, "batch_size": 8},
         "tiny_imagenet": {"root": tiny, "image_size": 16, "input_size": 32, "batch_size": 50},
+        "sharpness": {"root": cifar, "download": "false", "batch_size": 2},
     }
-    return {name: (values, root / f"{name}.safetensors") for name, values in overrides.items()}
+    yield {name: (values, root / f"{name}.safetensors") for name, values in overrides.items()}
+    patch.undo()
 
 
 def run(name, command, words, small, weights, folder):
@@ -91,6 +120,9 @@ def run(name, command, words, small, weights, folder):
     if name == "tiny_imagenet":
         network = "--model.init_args.network.init_args.network.init_args"
         words += [f"{network}.pretrained=false", *([f"{network}.name={STAND_IN}"] if weights else [])]
+    if any("deit" in word for word in words):
+        network = "--model.init_args.network.init_args.network.init_args"
+        words += [f"{network}.pretrained=false", f"{network}.options.img_size=32", f"{data}.input_size=32"]
     return main([command, *words])
 
 
@@ -121,11 +153,11 @@ def test_command_in_a_comment_runs(words, small, tmp_path, capfd):
     assert "dropped" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_study_is_sound(path, small, tmp_path, capsys):
     study = load_study(path)
     assert study.reference
-    assert study.original
+    assert study.original or "original" not in study.stages
     jobs = [job for job in plan_jobs(study, tmp_path) if job.seed == study.seeds[0]]
     assert {job.stage.name for job in jobs} == set(study.stages)
     for job in jobs:

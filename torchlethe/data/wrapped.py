@@ -96,19 +96,21 @@ class WrappedDataset(ImageDataset):
             other: The data set whose ``transform`` to use; without one the view is unchanged.
         """
         view = copy.copy(self)
-        view.dataset = _replace_transform(self.dataset, _innermost(other))
+        view.dataset = replace_transform(self.dataset, innermost(other))
         return view
 
 
-def _innermost(dataset: Any) -> Any:
+def innermost(dataset: Any) -> Any:
+    """The data set below all ``Subset``s."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset
 
 
-def _replace_transform(dataset: Any, source: Any) -> Any:
+def replace_transform(dataset: Any, source: Any) -> Any:
+    """A view of a data set with the transform of another of its class; of another class, the data set itself."""
     if isinstance(dataset, Subset):
-        return Subset(_replace_transform(dataset.dataset, source), dataset.indices)
+        return Subset(replace_transform(dataset.dataset, source), dataset.indices)
     if type(dataset) is not type(source) or not hasattr(dataset, "transform"):
         return dataset
     dataset = copy.copy(dataset)

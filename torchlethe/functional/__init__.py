@@ -17,6 +17,15 @@ from torchlethe.functional.forgetting import (
     saliency_ratio,
     weight_entropy,
 )
+from torchlethe.functional.group_sharpness import m_sharpness
+from torchlethe.functional.hessian import (
+    Eigenvalues,
+    TraceEstimate,
+    hessian_top_eigenvalues,
+    hessian_trace,
+    top_eigenvalues,
+)
+from torchlethe.functional.mean_loss import MeanLoss
 from torchlethe.functional.membership import (
     LogisticFit,
     best_threshold,
@@ -52,7 +61,10 @@ __all__ = [
     "AVERAGE_GAP_METRICS",
     "PADDING_LABEL",
     "TUG_OF_WAR_METRICS",
+    "Eigenvalues",
     "LogisticFit",
+    "MeanLoss",
+    "TraceEstimate",
     "accuracy",
     "activation_distance",
     "adaptive_forget_loss",
@@ -68,11 +80,14 @@ __all__ = [
     "forget_coefficients",
     "forget_schedule",
     "fraction",
+    "hessian_top_eigenvalues",
+    "hessian_trace",
     "indiscernibility",
     "js_bad_teacher",
     "js_to_reference",
     "kl_to_reference",
     "logistic_membership",
+    "m_sharpness",
     "membership_feature",
     "metric_gaps",
     "modified_entropy",
@@ -82,6 +97,7 @@ __all__ = [
     "sample_loss",
     "speed_up",
     "threshold_membership",
+    "top_eigenvalues",
     "tug_of_war",
     "wasserstein1",
     "weight_entropy",

@@ -1,4 +1,4 @@
-"""Torchmetrics for unlearning: thin shells over :mod:`torchlethe.functional`, correct under DDP and padding."""
+"""Torchmetrics of unlearning and sharpness: thin shells over torchlethe.functional, correct under DDP and padding."""
 
 from torchlethe.metrics.accuracy import RoleAccuracy
 from torchlethe.metrics.definitions import METRIC_DEFINITIONS, MetricDefinition, define_metric
@@ -16,6 +16,7 @@ from torchlethe.metrics.membership import (
     MembershipThreshold,
     SimpleMembership,
 )
+from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
 from torchlethe.metrics.support_vectors import simple_membership, svc_membership
 
@@ -26,12 +27,16 @@ __all__ = [
     "BadTeacherMembership",
     "Completeness",
     "DivergenceToReference",
+    "HessianTopEigenvalue",
+    "HessianTrace",
+    "MSharpness",
     "MembershipLogistic",
     "MembershipSVC",
     "MembershipThreshold",
     "MetricDefinition",
     "RoleAccuracy",
     "RuntimeMeter",
+    "SharpnessMetric",
     "SimpleMembership",
     "TugOfWar",
     "Wasserstein1",

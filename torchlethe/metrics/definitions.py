@@ -119,6 +119,22 @@ METRIC_DEFINITIONS: dict[str, MetricDefinition] = {
     "tug_of_war": MetricDefinition(
         "ToW", "Product of 1 − |difference to Retrain| / 100 over forget, remain and test accuracy.", "", "higher"
     ),
+    "test_loss": MetricDefinition("test loss", "Mean loss of the test samples.", "nats", "lower"),
+    "train_loss": MetricDefinition(
+        "train loss", "Mean loss of the training samples, without augmentation, in eval mode.", "nats", "lower"
+    ),
+    "hessian_top_eigenvalue": MetricDefinition(
+        "λ max", "Largest (algebraic) eigenvalue of the Hessian of the mean training loss, in eval mode.", "", "lower"
+    ),
+    "hessian_trace": MetricDefinition(
+        "tr H", "Trace of the Hessian of the mean training loss, in eval mode, estimated by random signs.", "", "lower"
+    ),
+    "m_sharpness": MetricDefinition(
+        "m-sharpness",
+        "Mean rise of the training loss over groups of m samples after a climb of radius ρ along the group's gradient.",
+        "nats",
+        "lower",
+    ),
     "run_seconds": MetricDefinition(
         "time", "Seconds of preparation and loop of the run itself, without validation and evaluation.", "s", "lower"
     ),

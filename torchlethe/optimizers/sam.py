@@ -99,7 +99,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         order: ``code`` removes the average from before the batch, ``paper`` the one after it.
         min_noise_ratio: no climb where ‖d‖ is below this share of ‖g‖.
         interval: two passes every so many steps; the average follows in the others too.
-        memory_dtype: dtype of the average.
+        memory_dtype: dtype of the average, or its name, such as "bfloat16"; the gradient's by default.
         module: see :class:`~torchlethe.optimizers.SharpnessAwareOptimizer`, as the two below.
         closure_style: ``full`` or ``official``.
         base_arguments: further arguments of ``base_optimizer``.
@@ -116,7 +116,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         order: Literal["code", "paper"] = "code",
         min_noise_ratio: float = 0.0,
         interval: int = 1,
-        memory_dtype: torch.dtype | None = None,
+        memory_dtype: torch.dtype | str | None = None,
         module: nn.Module | None = None,
         closure_style: Literal["full", "official"] = "full",
         **base_arguments: Any,
@@ -174,7 +174,7 @@ class GSAM(SharpnessAwareOptimizer):
         alpha: weight of the part of the clean gradient that is orthogonal to the perturbed one; 0 gives SAM.
         rho_schedule: ``lr`` lets the radius follow the learning rate from ``rho`` to ``rho_end``, as published;
             ``constant`` does not.
-        rho_end: radius at a learning rate of 0.
+        rho_end: radius at a learning rate of 0, or of the parameter group's ``min_lr``.
         interval: two passes every so many steps, one between them.
         module: see :class:`~torchlethe.optimizers.SharpnessAwareOptimizer`, as the two below.
         closure_style: ``full`` or ``official``.
@@ -299,9 +299,7 @@ class ESAM(SharpnessAwareOptimizer):
         self._losses: Callable[[], Tensor] | None = None
         self._clean: Tensor | None = None
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[..., Any] | None = None, losses: Callable[[], Tensor] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None, losses: Callable[[], Tensor] | None = None) -> Any:
         """One step.
 
         Args:
@@ -321,8 +319,11 @@ class ESAM(SharpnessAwareOptimizer):
                 "SharpnessAware(method='esam')."
             )
         self._losses = losses if self.gamma < 1 else None
-        self._clean = self._evaluate() if self._losses and self.engine.two_passes(self.engine.steps) else None
-        return super().step(closure)
+        try:
+            self._clean = self._evaluate() if self._losses and self.engine.two_passes(self.engine.steps) else None
+            return super().step(closure)
+        finally:
+            self._losses = self._clean = None  # the function holds the batch
 
     def _evaluate(self) -> Tensor:
         assert self._losses is not None
@@ -330,12 +331,14 @@ class ESAM(SharpnessAwareOptimizer):
             return self._losses().detach()
 
     def _second_closure(self, closure: Callable[..., Any]) -> Callable[[], Any]:
+        if (clean := self._clean) is None:
+            return closure
+
         def on_the_risen() -> Any:
             rise = self._evaluate() - clean
             return closure(positions=rise.topk(max(1, int(len(rise) * self.gamma))).indices)
 
-        clean = self._clean
-        return closure if clean is None else on_the_risen
+        return on_the_risen
 
 
 class SAMON(SharpnessAwareOptimizer):
