@@ -20,6 +20,7 @@ import yaml
 from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
 from torchlethe._cli.parser import Parser
+from torchlethe._cli.paths import check_output
 from torchlethe.files import atomic_write, file_hash
 
 USAGE = "lethe evaluate WEIGHTS [--reference WEIGHTS] [--original WEIGHTS] --network … --data … --forget … [options]"
@@ -88,6 +89,7 @@ def evaluate(words: Sequence[str]) -> int:
     output = Path(options.output or f"{weights.name.split('.')[0]}_evaluation")
     rest = _lightning_words(rest)
     membership = _membership(options.membership)
+    check_output("--output", output)
     _refuse_other_weights(output, weights)
 
     from torchlethe._cli.judge import BesideUntrained, JudgeCLI
@@ -116,10 +118,10 @@ def evaluate(words: Sequence[str]) -> int:
     if not cli.trainer.is_global_zero:
         return 0
     metrics, meta = _complete(output / "evaluation.json", beside.metrics, weights)
-    _show(metrics, weights, meta)
     written = [output / "evaluation.json", output / "evaluation.npz"]
     if options.report:
         written.append(_report(metrics, meta, weights, output, shlex.join(["lethe", "evaluate", *words])))
+    _show(metrics, weights, meta)  # last, as nobody may be there any more to read it
     sys.stdout.write("".join(f"{'files' if position == 0 else '':<7}{path}\n" for position, path in enumerate(written)))
     return 0
 
@@ -281,7 +283,7 @@ def _report(metrics: Mapping[str, float], meta: Mapping[str, Any], weights: Path
         name=f"Evaluation of {weights.name}",
         description=description,
         seeds=(0,),
-        titles={"all": "Results"},
+        titles={"all": "all"},
         runs=tuple(runs),
         reference="Retrain" if "Retrain" in titles else None,
         original="Original" if "Original" in titles else None,

@@ -172,6 +172,15 @@ def test_markdown_and_csv_agree(results):
     assert float(line["gap_in_reference_std"]) == pytest.approx(2 / float(line["reference_std"]))
 
 
+def test_the_only_scenario_has_a_heading_where_it_has_a_title(tmp_path):
+    for scenario, titled in (({"title": "One class"}, True), ({}, False)):
+        study, outcomes = make(tmp_path / str(titled), STUDY | {"scenarios": {"one_class": scenario}})
+        results = collect(study, outcomes)
+        assert ("## One class" in markdown(results)) == titled
+        assert (": One class." in latex(results)) == titled
+        assert f"<h2>{'One class' if titled else 'Results'}</h2>" in render(results, {}, "x")
+
+
 def test_latex_has_whole_rows_and_no_loose_signs(tmp_path):
     content = STUDY | {"name": "50 % of $x_1$ & more [β]", "metrics": [*KEYS, "m_sharpness#1"]}
     content["stages"] = STUDY["stages"] | {"sfron": {"method": "[SFRon_2] {α=1}"}}
@@ -246,27 +255,27 @@ def test_a_study_of_optimizers_has_a_table_too(tmp_path):
     def measure(job):
         accuracy, eigenvalue = numbers[job.stage.name]
         job.folder.joinpath("metrics.json").write_text('{"val_accuracy": 0.9, "train_loss": 0.1, "lr-SGD": 1.0}')
-        return {"test_accuracy": accuracy + job.seed, "hessian_top_eigenvalue": eigenvalue - job.seed, "note": "x"}
+        return {"test_accuracy": accuracy + job.seed, "largest_curvature": eigenvalue - job.seed, "note": "x"}
 
     study, outcomes = make(tmp_path / "a", content, measure)
     results = collect(study, outcomes)
-    columns = ["test_accuracy", "val_accuracy", "hessian_top_eigenvalue", "stage_seconds"]
+    columns = ["test_accuracy", "val_accuracy", "largest_curvature", "stage_seconds"]
     assert results.columns("clean") == columns
     assert results.best("clean", "test_accuracy") == "FSAM"  # the highest, not the one closest to the baseline
-    assert results.best("clean", "hessian_top_eigenvalue") is None  # nobody said what is good
-    assert results.cell("clean", "SAM", "hessian_top_eigenvalue").gap == -140
+    assert results.best("clean", "largest_curvature") is None  # nobody said what is good
+    assert results.cell("clean", "SAM", "largest_curvature").gap == -140
     text = markdown(results)
-    assert "| method | test accuracy / % | val accuracy | hessian_top_eigenvalue | stage time / s |" in text
+    assert "| method | test accuracy / % | val accuracy | largest_curvature | stage time / s |" in text
     assert "0.900 ± 0.000" in text  # a fraction stays one
     html = write_results(study, outcomes, tmp_path / "a" / "out", ["s.yaml"]).read_text()
-    assert re.search(r"under their own names: [^<]*hessian_top_eigenvalue", html)
+    assert re.search(r"under their own names: [^<]*largest_curvature", html)
     assert "Test accuracy against stage time" in html
     assert "MIA" not in html
     assert "forget" not in html.split("<footer", 1)[0].split("</style>", 1)[1]
 
-    chosen = content | {"metrics": ["hessian_top_eigenvalue", "test_accuracy", "unheard_of"], "reference": None}
+    chosen = content | {"metrics": ["largest_curvature", "test_accuracy", "unheard_of"], "reference": None}
     results = collect(*make(tmp_path / "b", chosen, measure))
-    assert results.columns("noisy") == ["hessian_top_eigenvalue", "test_accuracy"]
+    assert results.columns("noisy") == ["largest_curvature", "test_accuracy"]
     assert "Not measured: unheard_of." in caption(results)
     assert results.cell("noisy", "SAM", "test_accuracy").gap is None
 
@@ -338,10 +347,10 @@ def test_the_table_sorts_in_a_browser(results, tmp_path):
 
 def test_explain_metrics_defines_those_of_the_table_first(tmp_path, capsys):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(STUDY | {"metrics": ["zrf", "test_accuracy", "hessian_trace"]}, sort_keys=False))
+    path.write_text(yaml.safe_dump(STUDY | {"metrics": ["zrf", "test_accuracy", "largest_curvature"]}, sort_keys=False))
     assert main(["study", str(path), "--explain-metrics"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.index("zrf") < text.index("test_accuracy") < text.index("hessian_trace") < text.index("average_gap")
+    assert text.index("zrf") < text.index("test_accuracy") < text.index("largest_curvature") < text.index("average_gap")
     assert "One minus the bad-teacher divergence to an untrained network on the forget set." in text
-    assert "hessian_trace not in the catalogue" in text
+    assert "largest_curvature not in the catalogue" in text
     assert not (tmp_path / "out").exists()

@@ -190,7 +190,7 @@ WRONG = {
     "the reference's test accuracy": ({"metric": "reference_test_accuracy"}, ["test data"]),
     "a metric of the training data": ({"metric": "train_loss"}, ["training data", "'val_loss'"]),
     "no metric": ({"metric": None}, ["metric", "None"]),
-    "no direction": ({"metric": "val_f1"}, ["direction", "None", "minimize, maximize"]),
+    "no direction": ({"metric": "val_f1"}, ["direction", "'val_f1' does not tell it", "give minimize or maximize"]),
     "an unknown direction": ({"direction": "down"}, ["'down'", "minimize, maximize"]),
     "an unknown sampler": ({"sampler": "bayes"}, ["'bayes'", "tpe, random, grid"]),
     "an unknown key": ({"trails": 3}, ["'trails'", "did you mean 'trials'"]),

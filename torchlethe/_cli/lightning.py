@@ -23,7 +23,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.data import get_all_subclasses
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -35,6 +35,13 @@ from torchlethe._cli.records import RecordConfig, record_metrics
 
 # Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
 REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
+# a module that brings its own data overrides the one of its command
+LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
 ADVERTISEMENTS = ("💡 Tip",)
 ARGUMENTS_LOG = logging.getLogger("torchlethe.arguments")
 ARGUMENTS_LOG.addHandler(logging.NullHandler())
@@ -102,10 +109,18 @@ def _resolve_configs(words: Sequence[str]) -> list[str]:
     resolved = list(words)
     for position, word in enumerate(resolved):
         if word.startswith("--config="):
-            resolved[position] = "--config=" + find_config(word.removeprefix("--config="))
+            resolved[position] = "--config=" + _find_config(word.removeprefix("--config="))
         elif position and resolved[position - 1] in ("--config", "-c"):
-            resolved[position] = find_config(word)
+            resolved[position] = _find_config(word)
     return resolved
+
+
+def _find_config(name: str) -> str:
+    found = find_config(name)
+    # what is no name of a file is a configuration written out, or an address
+    if re.fullmatch(r"[^\s:{}]+\.(ya?ml|json)", found) and not Path(found).exists():
+        raise UsageError(f"--config: there is no file '{name}'; lethe list configs shows the shipped ones")
+    return found
 
 
 class _Dropped(logging.Handler):
@@ -283,11 +298,17 @@ class LetheCLI(LightningCLI):
         return dict(dump[self.command]["model"].get("init_args", {}))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to unlearn a random network."""
+        """Refuse a run without data, and to unlearn a random network."""
         from torchlethe.lightning_modules import UnlearningModule
 
         config = self.config[self.command]
         kind = _target(config.model.class_path) if config.get("model") else None
+        loader = LOADERS[self.command]
+        if config.get("data") is None and getattr(kind, loader, None) is getattr(LightningModule, loader):
+            raise UsageError(
+                "the configuration has no data: name a datamodule with --data, such as --data DigitsDataModule, "
+                "or give a --config that has 'data'"
+            )
         if self.command != "fit" or not (inspect.isclass(kind) and issubclass(kind, UnlearningModule)):
             return
         arguments = config.model.get("init_args") or Namespace()

@@ -38,7 +38,7 @@ AROUND = (
     "hub/",
     "evaluate.py",
     "cli.py",
-    *(f"_cli/{name}.py" for name in ("catalog", "errors", "judge", "parser", "warm")),
+    *(f"_cli/{name}.py" for name in ("catalog", "checking", "errors", "judge", "parser", "paths", "warm")),
 )
 SEARCH = ("study/search.py", "study/search_space.py")
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")

@@ -40,8 +40,8 @@ def plot_title(results: Results, metric: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """With a capital in front, unless it is an identifier such as ``hessian_trace``, which stays as it is."""
-    return text if "_" in text else text[:1].upper() + text[1:]
+    """With a capital in front, unless it begins with an identifier or a symbol: ``hessian_trace``, λ max, m-sharpness."""
+    return text[:1].upper() + text[1:] if re.match(r"[a-z]{3,}(?!\w*_)", text) else text
 
 
 def bar_panels(results: Results, scenario: str) -> list[Plot]:

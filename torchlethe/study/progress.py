@@ -72,6 +72,8 @@ class Display(Watcher):
     def say(self, text: str) -> None:
         """Show what happens besides the stages."""
         self.title = text
+        if not self.console.is_terminal:
+            self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def start(self, job: Job) -> None:
         """Show the running stage."""

@@ -82,6 +82,11 @@ def load_study(path: str | Path) -> Study:
         content = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no study file '{path}' (lethe list configs shows the shipped ones)") from None
+    except IsADirectoryError:
+        raise UsageError(f"'{path}' is a folder; name the study file in it, such as {path / 'study.yaml'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"the study file '{path}' cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     reader = _Reader(path)
@@ -110,11 +115,13 @@ def load_study(path: str | Path) -> Study:
                 f"{path}: '{key}' is {top[key]!r}, but must be a stage with a 'method'{suggest(str(top[key]), rows)}"
             )
     metrics = top.get("metrics") or ()
+    place = path.resolve()
+    default = (place.parent.name if path.stem == "study" else "") or path.stem
     study = Study(
         path=path,
-        name=str(top.get("name") or path.stem),
+        name=str(top.get("name") or default),
         description=" ".join(str(top.get("description") or "").split()),
-        output=Path(top.get("output") or Path("runs") / path.parent.name),
+        output=Path(top.get("output") or Path("runs") / default),
         seeds=tuple(seeds),
         scenarios=scenarios,
         stages=reader.ordered(stages),

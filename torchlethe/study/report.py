@@ -52,7 +52,7 @@ def render(
     return template.render(
         results=results,
         sections=[_section(results, scenario) for scenario in results.scenarios],
-        several=len(results.titles) > 1,
+        headed=results.headed,
         caption=caption(results, "below it"),
         percent=any(results.definition(name).unit == "%" for name in names),
         reading=READING if results.reference else {},

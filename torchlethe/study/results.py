@@ -162,6 +162,11 @@ class Results:
         """Whether anything was to be forgotten, so that a metric is good where it is close to the reference's."""
         return any("forget_accuracy" in run.metrics for run in self.runs)
 
+    @property
+    def headed(self) -> bool:
+        """Whether scenarios have headings: there are several, or the only one has a title that somebody gave it."""
+        return len(self.titles) > 1 or any(title != name.replace("_", " ") for name, title in self.titles.items())
+
     def select(self, scenario: str, method: str) -> list[Run]:
         """The runs of one method in one scenario, by seed."""
         return self._by_row.get((scenario, method), [])

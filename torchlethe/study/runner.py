@@ -209,6 +209,11 @@ class Shelf:
                         found.setdefault(str(read_json(path).get("key")), []).append(path.parent)
         return found
 
+    @property
+    def filled(self) -> bool:
+        """Whether there is any result."""
+        return bool(self._folders)
+
     def find(self, job: Job) -> Path | None:
         """The folder of an equal job whose data is the same as now."""
         if self.root is None:

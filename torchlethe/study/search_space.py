@@ -88,6 +88,8 @@ def parse_search(
     known = {"loss": "minimize", "accuracy": "maximize"}
     direction = value.get("direction", next((known[end] for end in known if metric.endswith(end)), None))
     sampler = value.get("sampler", "tpe")
+    if direction is None:
+        raise wrong("direction", f"is missing, and the name '{metric}' does not tell it; give minimize or maximize")
     for key, given, allowed in (("direction", direction, DIRECTIONS), ("sampler", sampler, SAMPLERS)):
         if given not in allowed:
             raise wrong(key, f"is {given!r}, allowed are {', '.join(allowed)}")

@@ -123,7 +123,7 @@ def markdown(results: Results) -> str:
         lines += [results.description, ""]
     for scenario in results.scenarios:
         columns = results.columns(scenario)
-        if len(results.titles) > 1:
+        if results.headed:
             lines += [f"## {results.titles[scenario]}", ""]
         lines.append(_row(["method", *(heading(results, name) for name in columns)]))
         lines.append(_row(["---", *("---:" for _ in columns)]))
@@ -221,7 +221,7 @@ def latex(results: Results) -> str:
     ]
     for scenario in results.scenarios:
         columns = results.columns(scenario)
-        title = results.name + (f": {results.titles[scenario]}" if len(results.titles) > 1 else "")
+        title = results.name + (f": {results.titles[scenario]}" if results.headed else "")
         lines += [
             r"\begin{table}[t]",
             r"  \centering",
