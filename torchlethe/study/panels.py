@@ -40,7 +40,7 @@ def plot_title(results: Results, metric: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """With a capital in front, unless it begins with an identifier or a symbol: ``hessian_trace``, λ max, m-sharpness."""
+    """With a capital in front, unless it begins with an identifier or a symbol (``hessian_trace``, λ max)."""
     return text[:1].upper() + text[1:] if re.match(r"[a-z]{3,}(?!\w*_)", text) else text
 
 
