@@ -434,7 +434,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     size = options.batch_size or (128 if device.type == "cuda" else 16)
-    console = Console()
+    console = Console(width=max(Console().width, 140))  # whole columns also in a file
     for title in options.networks:
         torch.manual_seed(0)
         network = getattr(models, NETWORKS[title])().to(device)

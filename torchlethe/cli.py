@@ -26,6 +26,9 @@ LIGHTNING = {
 COMMANDS = {
     **LIGHTNING,
     "study": "run a graph of stages and write its table and report",
+    "evaluate": "judge weights that were unlearned elsewhere",
+    "push": "publish weights and reports with a model card",
+    "pull": "fetch weights and reports, refusing unsafe files",
     "list": "show modules, datamodules, callbacks, models, configs",
 }
 
@@ -54,21 +57,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 when a stage of a study failed; 2 after an error of the user, which is one sentence on
-        standard error; 130 after an interrupt.
+        standard error; 130 after an interrupt; 141 when nobody reads the output any more.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("LETHE_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return 0
-    if words[0] in ("--version", "version"):
-        sys.stdout.write(f"lethe {__version__}\n")
-        return 0
-    command, rest = words[0], words[1:]
+    command, rest = (words[0], words[1:]) if words else ("help", [])
     name = f"lethe {command}" if command in COMMANDS else "lethe"
     try:
-        return _dispatch(command, rest)
+        status = _dispatch(command, rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13  # as a command that SIGPIPE ended
     except SystemExit as stop:  # --help and --print_config of LightningCLI end this way
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt:
@@ -82,6 +84,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0
+    if command in ("--version", "version"):
+        sys.stdout.write(f"lethe {__version__}\n")
+        return 0
     if command in LIGHTNING:
         from torchlethe._cli.lightning import run
 
@@ -94,7 +102,15 @@ def _dispatch(command: str, rest: list[str]) -> int:
     if command == "study":
         from torchlethe.study.command import study
 
-        return study(rest, run_stage=_run_stage)
+        return study(rest, run_stage=_run_stage, check_stage=_check_stage)
+    if command == "evaluate":
+        from torchlethe.evaluate import evaluate
+
+        return evaluate(rest)
+    if command in ("push", "pull"):
+        from torchlethe.hub import command as hub
+
+        return hub.push(rest) if command == "push" else hub.pull(rest)
     raise UsageError(f"unknown command '{command}'{suggest(command, COMMANDS)}")
 
 
@@ -103,6 +119,13 @@ def _run_stage(command: str, rest: list[str]) -> None:
     from torchlethe._cli.lightning import run
 
     run(command, rest)
+
+
+def _check_stage(command: str, rest: list[str]) -> str:
+    """What is wrong with the configuration of a stage, in one sentence; empty when nothing is."""
+    from torchlethe._cli.checking import check
+
+    return check(command, rest)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,9 @@ leaves either the old file or the new one.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import re
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,84 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from torchlethe.files import atomic_write as atomic_write
+from torchlethe.files import file_hash as file_hash
+from torchlethe.files import local_path as local_path
+
 PICKLED = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
 """What ``torch.compile`` and data-parallel wrappers put into names, at any depth."""
-STALE_SECONDS = 3600.0
-
-
-def local_path(path: str | Path) -> Path:
-    """A path on this machine, also when it is given as a ``file:///…`` URL.
-
-    Example:
-        >>> local_path("file:///data/last.ckpt").as_posix()
-        '/data/last.ckpt'
-    """
-    # Path and Lightning turn file:///data into file:/data
-    return Path(re.sub(r"^file:/+", "/", str(path)))
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` and move it into place when the block ends without an error.
-
-    What a process that was killed an hour ago or earlier left behind of the same file is removed.
-
-    Args:
-        path: the file to write; its folder is created.
-
-    Yields:
-        The path to write to. After an error it is removed and ``path`` is untouched.
-
-    Raises:
-        IsADirectoryError: ``path`` is a folder.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "scores.txt"
-        >>> with atomic_write(target) as temporary:
-        ...     _ = temporary.write_text("97.3")
-        >>> target.read_text()
-        '97.3'
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder, no file can be written in its place.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp creates private files; the result gets the mode any other new file would get
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_stale(path: Path) -> None:
-    # mkstemp fills in eight characters without a dot, so the file 'a' does not claim those of 'a.b'; a younger file
-    # may belong to a process that is writing right now
-    name = re.compile(re.escape(f".{path.name}.") + r"[^.]{8}\.tmp")
-    for found in path.parent.iterdir():
-        if name.fullmatch(found.name):
-            with contextlib.suppress(OSError):  # another process may remove it at the same time
-                if time.time() - found.stat().st_mtime > STALE_SECONDS:
-                    found.unlink()
-
-
-def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -19,7 +19,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassPrecision
 
 from tests.helpers import quiet_trainer
-from torchlethe.callbacks import SharpnessAware
+from torchlethe.callbacks import AscentDirection, SharpnessAware
+from torchlethe.components import SharpnessEngine
+from torchlethe.optimizers import FriendlySAM, sam_step
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
@@ -275,6 +277,33 @@ class OneSided(Foreign):
         return self.net(x) + self.branch(x) if self.global_rank == 0 else self.net(x)
 
 
+class ByHand(Foreign):
+    """F-SAM under manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.engine = SharpnessEngine("fsam", 0.2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step of the optimizer."""
+
+        def closure() -> Tensor:
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        sam_step(self.optimizers(), closure, self.engine)
+
+
+def without_callback(how: str, ranks: int) -> Tensor:
+    """The weights after F-SAM as an optimizer, or by hand."""
+    wrapped = {"optimizer": lambda: Foreign(optimizer=lambda p: FriendlySAM(p, rho=0.2, **SGD)), "hand": ByHand}
+    module: Foreign = wrapped[how]()  # type: ignore[operator]
+    assert fit(module, None, rank_loader(ranks), **parallel(ranks, {})).global_step == 7
+    return vector(module.net)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "fsam": {"lmbda": 0.6},
     "vasso": {},
@@ -303,11 +332,13 @@ def _runs() -> dict[str, dict[str, Any]]:
         runs[f"{scope} part twice"] = {"callback": part, "trainer": TWICE, "ddp": VIEW}
         runs[f"{scope} norms"] = {"callback": fsam | {"perturb": "norm_only"}, "net": layer_norm_mlp, "trainer": TWICE}
         runs[f"{scope} every third"] = {"callback": fsam | {"interval": 3, "warmup_steps": 1}, "trainer": TWICE}
-        runs[f"{scope} unused"] = {"callback": fsam, "ddp": {"find_unused_parameters": True}, "unused": True}
         esam = {"method": "esam", "scope": scope, "gamma": 0.5, "beta": 0.5}
         runs[f"{scope} esam"] = {"callback": esam, "trainer": TWICE}
     runs["global tensors of esam"] = {"callback": {"method": "esam", "gamma": 1.0, "beta": 0.5}, "trainer": TWICE}
     unused = {"find_unused_parameters": True}
+    runs["global unused"] = {"callback": {"method": "fsam"}, "ddp": unused, "unused": True}
+    for direction in ("full", "noise"):
+        runs[f"global {direction}"] = {"kind": AscentDirection, "callback": {"direction": direction, "refresh": 3}}
     runs["global one-sided"] = {"callback": {"method": "fsam"}, "ddp": unused, "trainer": TWICE, "module": OneSided}
     runs["global static"] = {"callback": {"method": "fsam"}, "ddp": {"static_graph": True}}
     return runs
@@ -322,7 +353,7 @@ def rank_run(name: str, ranks: int) -> tuple[Foreign, SharpnessAware, Any]:
     module = run.get("module", Foreign)(run.get("net", mlp)())
     if run.get("unused"):
         module.unused = nn.Linear(2, 2, dtype=torch.float64)
-    callback = SharpnessAware(rho=0.2, **run["callback"])
+    callback = run.get("kind", SharpnessAware)(rho=0.2, **run["callback"])
     trainer = fit(module, callback, rank_loader(ranks), **run.get("trainer", {}), **parallel(ranks, run.get("ddp", {})))
     return module, callback, trainer
 
@@ -362,6 +393,7 @@ def rank_main(rank: int, folder: str) -> None:
     for number in (1, 2):
         for method in ("fsam", "wsam", "looksam"):
             found[f"overflow {number} {method}"] = overflow_run(method, number)
+    found["without"] = {how: without_callback(how, 2) for how in ("optimizer", "hand")}
     found["resume"] = resume_run(Path(folder))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import SumMetric
+from torchmetrics import CatMetric, SumMetric
 from torchmetrics.wrappers import Running
 
 from tests.callbacks.sharpness_runs import SGD, Foreign, by_formulas, data, fit, loader, mlp
@@ -168,17 +168,21 @@ def test_scores_of_a_collection_that_is_logged_itself_are_those_without_the_call
     assert module.running == plain.running == 3 + 4 + 5
 
 
-def test_metrics_that_share_a_state_go_on_sharing_it():
+def test_states_of_metrics_are_put_back_also_lists_and_shared_ones():
     scores, (x, y) = Foreign().scores, data()
     scores.update(x[:, :4], y)
     first, second = list(scores.values(copy_state=False))[:2]
     state, value = first.tp, first.tp.clone()
     assert second.tp is state
-    with uncounted([first, second]):
+    rows = CatMetric()
+    rows.update(x[0])
+    with uncounted([first, second, rows]):
         scores.update(x[:5, 1:5], y[:5])
+        rows.update(x[1])
         assert not torch.equal(first.tp, value)
     assert first.tp is second.tp is state
     assert torch.equal(state, value)
+    assert torch.equal(rows.compute(), x[0].float())
 
 
 @pytest.mark.parametrize("freeze", ["bn", "buffers"])
@@ -442,17 +446,30 @@ def test_the_second_pass_has_the_memory_of_the_first_gradient(method, accumulate
     assert module.alive == [0] * 6
 
 
+@pytest.mark.parametrize("method", ["fsam", "esam"])
+def test_a_batch_is_let_go_when_its_step_is_over(method):
+    class Batches(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.alive.append(sum(reference() is not None for reference in self.seen))
+            self.seen.append(weakref.ref(batch[0]))
+
+    batches = Batches()
+    batches.seen, batches.alive = [], []
+    fit(Foreign(), [batches, SharpnessAware(method, rho=0.2)])
+    assert batches.alive == [0] * 6
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["fsam", "vasso"])
 def test_averages_follow_in_the_steps_between_and_before(method):
     module, net = Foreign(), mlp()
-    fit(module, SharpnessAware(method, rho=0.2, interval=3, warmup_steps=2), max_epochs=2)
-    formulas = by_formulas(net, method, epochs=2, rho=0.2, interval=3, warmup=2)
+    fit(module, SharpnessAware(method, rho=0.2, interval=3, warmup_steps=4), max_epochs=2)
+    formulas = by_formulas(net, method, epochs=2, rho=0.2, interval=3, warmup=4)
     assert_close(module, net)
-    assert [number for number, _ in module.seen].count(2) == 4
-    assert [step for step, (_, second) in enumerate(formulas.losses) if second is not None] == [2, 5, 8, 11]
+    assert [number for number, _ in module.seen].count(2) == 3
+    assert [step for step, (_, second) in enumerate(formulas.losses) if second is not None] == [4, 7, 10]
 
 
 def test_methods_without_memory_leave_the_steps_between_to_the_base_optimizer():
@@ -629,6 +646,17 @@ def test_esam_takes_the_samples_whose_loss_rises_most_and_draws_tensors_by_seed_
     other.all, other.kept = data(), []
     fit(other, SharpnessAware("sam", 0.5))
     assert_same_bits(plain.net, other.net)
+
+
+def test_esam_may_draw_nothing_but_parameters_without_gradient():
+    """Then its second pass is at w."""
+    module, radii = Foreign(), Radii()
+    module.unused = nn.Linear(2, 2, dtype=torch.float64)
+    fit(module, [SharpnessAware("esam", 0.2, beta=0.1, gamma=1.0), radii], max_epochs=2)
+    assert [number for number, _ in module.seen] == [1, 2] * 12
+    still = [total for total in radii.totals() if total == 0]
+    assert 0 < len(still) < 12
+    assert [total for total in radii.totals() if total] == pytest.approx([0.2 / 0.1] * (12 - len(still)))
 
 
 def test_esam_with_losses_of_its_own():

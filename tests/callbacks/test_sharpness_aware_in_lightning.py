@@ -317,7 +317,7 @@ class Quiet(Foreign):
         pass
 
 
-@pytest.mark.parametrize("method", ["esam", "gsam", "looksam", "asam"])
+@pytest.mark.parametrize("method", ["esam", "asam"])
 def test_a_classifier_of_this_package_with_augmentation_and_mixup(method):
     module = Classifier(small_network(), 10, sgd(), cosine(3), mixup=0.1)
     trainer = quiet_trainer(max_epochs=3, callbacks=[SharpnessAware(method, rho=0.05)])

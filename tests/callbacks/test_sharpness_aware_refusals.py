@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -32,7 +32,7 @@ from torchlethe.components import NonFiniteGradientError
         ({"norm": "max"}, r"norm is 'max', it must be one of global, layerwise"),
         ({"adaptive": "w"}, r"adaptive is 'w', it must be one of None, w2, eta"),
         ({"ascent_fraction": 0}, r"ascent_fraction is 0, it must be in \(0, 1\]"),
-        ({"memory_dtype": "int8"}, r"memory_dtype is 'int8', it must name a dtype such as 'bfloat16'"),
+        ({"memory_dtype": "int8"}, r"memory_dtype is 'int8', it must name a floating-point dtype such as 'bfloat16'"),
         ({"perturb": "*.weight"}, r"perturb is '\*\.weight', which is no regular expression: .*"),
         (
             {"method": "gsam", "ascent_fraction": 0.5},
@@ -143,6 +143,27 @@ def test_precision_and_strategy():
     sentence = r"^the strategy is ModelParallelStrategy, SharpnessAware runs on one device or with ddp\.$"
     with pytest.raises(ValueError, match=sentence):
         SharpnessAware().setup(trainer, Foreign(), "fit")
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+@pytest.mark.parametrize(
+    ("callback", "reason"),
+    [
+        (SharpnessAware("sam", scope="local"), r"scope='local'"),
+        (SharpnessAware("fsam", perturb="weight"), r"perturb='weight'"),
+        (SharpnessAware("esam", beta=0.5), r"beta=0\.5"),
+    ],
+    ids=["local", "part", "drawn"],
+)
+def test_options_of_ddp_under_which_ranks_would_part_ways(callback, reason, option):
+    """Without the sentence they wait for each other, or die of an assertion inside DDP."""
+    trainer = quiet_trainer(strategy=DDPStrategy(process_group_backend="gloo", **{option: True}))
+    sentence = (
+        rf"^the strategy has {option}=True, .* under {reason}: train without {option}, or with scope='global'.*\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        callback.setup(trainer, Foreign(), "fit")
+    SharpnessAware("gsam", perturb="weight")._refuse(trainer, Foreign())  # computes every gradient in both passes
 
 
 def test_steps_without_a_batch():

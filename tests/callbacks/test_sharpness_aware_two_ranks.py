@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.callbacks.sharpness_runs import METHODS, RANK_RUNS, by_formulas, mlp, rank_main, rank_run, vector
+from tests.callbacks.sharpness_runs import (
+    METHODS,
+    RANK_RUNS,
+    by_formulas,
+    mlp,
+    rank_main,
+    rank_run,
+    vector,
+    without_callback,
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.cuda.is_initialized() or not dist.is_gloo_available(),
@@ -64,6 +73,13 @@ def test_global_scope_is_one_process_on_the_joined_batch(name, found):
             torch.testing.assert_close(ranks["state"][buffer][param], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("how", ["optimizer", "hand"])
+def test_optimizer_and_manual_step_on_two_ranks_are_one_process_on_the_joined_batch(how, found):
+    first, second = (ranks["without"][how] for ranks in found)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, without_callback(how, 1), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", ["", " twice"])
 @pytest.mark.parametrize("method", METHODS)
 def test_local_scope_is_the_simulation_of_two_climbs(method, form, found, folder):
@@ -86,7 +102,6 @@ def test_local_scope_is_the_simulation_of_two_climbs(method, form, found, folder
         ("local part", {"moved": lambda name: "weight" in name}),
         ("local part twice", {"moved": lambda name: "weight" in name, "accumulate": 2}),
         ("local every third", {"interval": 3, "warmup": 1, "accumulate": 2}),
-        ("local unused", {}),
         ("local fsam twice, no views", {"accumulate": 2}),
         ("local wsam views", {"method": "wsam"}),
     ],

@@ -105,7 +105,12 @@ ERRORS = {
     "fit --model Classifier": ["Classifier needs network, num_classes"],
     "fit --model Classifier --model.netwrk MLP": ["--model.netwrk", "did you mean 'network'"],
     "fit --model.alpha 3 --model SFRon": ["'model.alpha' is given before its class"],
-    "fit --config absent.yaml": ["absent.yaml"],
+    "fit --config absent.yaml": ["--config: there is no file 'absent.yaml'", "lethe list configs"],
+    "fit --model Classifier --model.network SmolCNN": ["did you mean 'SmallCNN'", "lethe list models"],
+    "fit --model Classifier --model.network SmallCNN --model.num_classes 10": [
+        "has no data",
+        "--data DigitsDataModule",
+    ],
     "fit --config key.yaml": ["unknown key 'modle'", "did you mean 'model'"],
     "fit --config trainer.yaml --model Classifier --model.network SmallCNN --model.num_classes 10": [
         "unknown key 'trainer.max_epoch'",
@@ -371,3 +376,13 @@ def test_checkpoint_that_executes_code_is_refused(tmp_path, capfd):
     assert main(words("--ckpt_path evil.ckpt")) == 2
     assert "could execute code" in capfd.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    for words in (["--help"], ["list"], ["evaluate", "--help"]):
+        command = [sys.executable, "-m", "torchlethe.cli", *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.stderr.close()
+        assert process.wait(timeout=60) in (0, 1, 141)  # argparse and rich look after themselves

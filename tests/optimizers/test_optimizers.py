@@ -5,11 +5,13 @@ import copy
 import lightning
 import pytest
 import torch
+from lightning.fabric.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.helpers import quiet_trainer
 from tests.optimizers.problems import SGD, convolution, flat, golden, mlp, run
+from torchlethe.cli import main
 from torchlethe.components import NonFiniteGradientError, SharpnessEngine
 from torchlethe.optimizers import ASAM, ESAM, GSAM, SAM, SAMON, WSAM, FriendlySAM, LookSAM, VaSSO, sam_step
 
@@ -146,6 +148,13 @@ def test_the_perturbation_has_length_rho(arrays):
         torch.testing.assert_close(
             torch.stack(found.epsilons).norm(dim=1), torch.full((6,), 0.2, dtype=torch.float64), atol=1e-9, rtol=0
         )
+
+
+def test_the_radius_follows_the_learning_rate_between_its_bounds():
+    engine = SharpnessEngine("gsam", 0.4, rho_schedule="lr", rho_end=0.1)
+    group = {"lr": 0.3, "initial_lr": 0.5, "min_lr": 0.1}
+    found = [engine.radius(group | change, 0) for change in ({}, {"lr": 0.5}, {"lr": 0.1}, {"lr": 0.0}, {"rho": 0.9})]
+    assert found == pytest.approx([0.25, 0.4, 0.1, 0.1, 0.5])
 
 
 def test_layerwise_norm_gives_each_tensor_the_radius(arrays):
@@ -376,6 +385,36 @@ def test_under_a_trainer_it_agrees_with_the_official_code(kind, arrays):
     assert trainer.global_step == 6
 
 
+def test_a_step_by_hand_refuses_what_it_cannot_serve(arrays):
+    network, engine = mlp(arrays).float(), SharpnessEngine("sam")
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+    _, scaled = fabric.setup(network, torch.optim.SGD(network.parameters(), **SGD))
+    for optimizer, sentence in (
+        (scaled, "precision is 16-mixed, but sam_step sees scaled gradients: use bf16-mixed"),
+        (SAM(network.parameters(), **SGD), "optimizer is a SAM, which makes two passes itself"),
+        ([scaled], "optimizer is a list, it must be one optimizer"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            sam_step(optimizer, lambda: None, engine)
+
+
+def test_a_configuration_file_may_name_the_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "fit --model Classifier --model.network torchlethe.models.MLP --model.num_classes 10 --data DigitsDataModule"
+        " --model.optimizer FriendlySAM --model.optimizer.rho 0.2 --model.optimizer.memory_dtype bfloat16"
+        " --model.optimizer.base_optimizer torch.optim.SGD --model.optimizer.base_optimizer.lr 0.1"
+        " --trainer.accelerator cpu --trainer.max_steps 3 --trainer.logger false --trainer.enable_progress_bar false"
+    )
+    assert main(words.split()) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
+    assert state["sharpness"]["steps"] == 3
+    assert {value.dtype for value in state["sharpness"]["memory"]["ema"].values()} == {torch.bfloat16}
+    assert state["param_groups"][0]["lr"] == 0.1
+
+
 def test_accumulation_under_a_trainer_is_refused_and_names_the_callback(arrays):
     trainer = quiet_trainer(max_epochs=1, precision="64-true", accumulate_grad_batches=2)
     with pytest.raises(RuntimeError, match=r"does not zero the gradients.*callbacks\.SharpnessAware"):
@@ -420,6 +459,7 @@ def weight():
         (lambda: SharpnessEngine("sam", sigma=1.0), "sigma is no option of method='sam': it has no options"),
         (lambda: SharpnessEngine("fsam", alpha=1.0), "alpha is no option of method='fsam': its options are sigma"),
         (lambda: SharpnessEngine("sam", norm="l1"), "norm is 'l1'"),
+        (lambda: FriendlySAM(weight(), memory_dtype="int8"), "memory_dtype is 'int8', it must name a floating-point"),
         (lambda: SharpnessEngine("sam", rho_schedule="linear").radius({"lr": 1.0}, 0), "known number of steps"),
     ],
 )
@@ -453,6 +493,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(arrays):
         run(network, optimizer, bad, arrays["mlp_y"][2:3])
     assert torch.equal(flat(network.parameters()), before[0])
     assert torch.isfinite(flat(optimizer.engine.memory.buffers["ema"].values())).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_gradient_that_is_not_finite_is_noticed_when_the_state_is_saved():
+    param = nn.Parameter(torch.ones(2, device="cuda"))
+    optimizer = FriendlySAM([param], lr=0.1)
+    for factor in (1.0, float("nan")):
+        optimizer.state_dict()
+        (factor * param.square().sum()).backward()
+        optimizer.first_step(zero_grad=True)
+        param.square().sum().backward()
+        optimizer.second_step(zero_grad=True)
+    with pytest.raises(NonFiniteGradientError, match="first pass is NaN or infinite"):
+        optimizer.state_dict()
 
 
 def test_steps_in_the_wrong_order_are_refused(arrays):

@@ -112,10 +112,46 @@ def test_a_moved_output_is_still_done(make):
     assert stages.calls == []
 
 
-def test_another_version_of_lethe_reruns(make, monkeypatch):
+def test_other_code_reruns_unless_it_is_ignored(make, monkeypatch):
     run_jobs(make(), Stages())
-    monkeypatch.setattr("torchlethe.study.plan.__version__", "99.0")
-    assert {why(job) for job in make()} == {"its configuration, its inputs or Lethe changed"}
+    monkeypatch.setattr("torchlethe.study.keys.code_version", lambda search: "another")
+    assert {why(job) for job in make()} == {"the code of torchlethe changed"}
+    assert {why(job, ignore_code=True) for job in make()} == {""}
+    assert {why(job, ignore_code=True) for job in make(other={"size": 4}) if job.stage.name == "other"} == {
+        "size changed (3 → 4)"
+    }
+
+
+def test_why_names_the_part_that_changed(make):
+    run_jobs(make(), Stages())
+    by_title = {job.title: job for job in make(other={"size": 4, "depth": 1})}
+    assert why(by_title["other · all · seed 0"]) == "size changed (3 → 4), depth is new"
+    Path("base.yaml").write_text("a: 2  # two\n")
+    reasons = {job.title: why(job) for job in make()}
+    assert reasons["base · seed 1"] == "the file base.yaml changed"
+    assert reasons["other · all · seed 0"] == ""
+    Path("base.yaml").write_text("# a comment is no change\na: 1\n")
+    assert {why(job) for job in make()} == {""}
+    Path("out/base/seed-0/weights.safetensors").write_text("others")
+    reasons = {job.title: why(job) for job in make()}
+    assert reasons["method · all · seed 0"] == "${base.weights} changed"
+    assert reasons["method · all · seed 1"] == ""
+    Path("out/base/seed-0/weights.safetensors").unlink()
+    assert why(make()[2]) == "its input ${base.weights} is missing"
+
+
+def test_a_stage_that_only_waits_for_another_follows_it(make):
+    def study(size):
+        content = {"stages": {"first": {"set": {"size": size}}, "second": {"needs": ["first"], "set": {"size": 1}}}}
+        content["defaults"] = {"set": {"seed": 0}}
+        Path("study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return plan_jobs(load_study("study.yaml"), "out")
+
+    run_jobs(study(1), Stages())
+    assert {why(job) for job in study(1)} == {""}
+    stages = Stages()
+    run_jobs(study(2), stages)
+    assert stages.calls == ["out/first/all/seed-0", "out/second/all/seed-0"]
 
 
 def test_a_failure_blocks_only_what_needs_it(make):

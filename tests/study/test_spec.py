@@ -147,6 +147,22 @@ def test_errors_are_one_sentence(content, parts, tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"absent.yaml"):
         load_study(tmp_path / "absent.yaml")
+    with pytest.raises(UsageError, match=r"is a folder; name the study file in it, such as .*study.yaml"):
+        load_study(tmp_path)
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read: it is no text"):
+        load_study(tmp_path / "image.yaml")
+
+
+def test_results_have_a_place_of_their_own_by_default(tmp_path, monkeypatch):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("study.yaml", "other.yaml"):
+        Path(name).write_text("stages: {a: {}}\n")
+    assert load_study("study.yaml").output == load_study(folder / "study.yaml").output == Path("runs/thesis")
+    assert load_study("other.yaml").output == Path("runs/other")
+    assert load_study("study.yaml").name == "thesis"
 
 
 def test_the_documented_study_is_sound(tmp_path):

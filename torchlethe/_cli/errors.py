@@ -195,7 +195,10 @@ def _explain_parser(message: str) -> str:
         return f"{f'{option}: {owner}' if owner else 'this command'} needs {', '.join(names)}"
     if found := re.match(r"Expected a dot import path string: (.+)", leaf.text):
         name = found.group(1)
-        hint = close_match(name, class_names()) or "; lethe list shows what there is"
+        hint = close_match(name, class_names())
+        if leaf.keys and leaf.keys[-1] == "network":
+            hint = f"{hint or ';'} lethe list models shows the networks"
+        hint = hint or "; lethe list shows what there is"
         return f"{option}: there is no class '{name}'{hint}"
     expected = [other.text for other in leaves if other.depth == leaf.depth and other.text.startswith("Expected")]
     text = " or ".join(dict.fromkeys(_plain(part) for part in expected)) if len(expected) > 1 else _plain(leaf.text)

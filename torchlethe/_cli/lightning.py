@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.data import get_all_subclasses
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -30,20 +31,29 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
+from torchlethe._cli.records import RecordConfig, record_metrics
 
 # Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
 REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
+# a module that brings its own data overrides the one of its command
+LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
 ADVERTISEMENTS = ("💡 Tip",)
 ARGUMENTS_LOG = logging.getLogger("torchlethe.arguments")
 ARGUMENTS_LOG.addHandler(logging.NullHandler())
 
 
-def run(command: str, words: Sequence[str]) -> LetheCLI:
+def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], LetheCLI] | None = None) -> LetheCLI:
     """Run one LightningCLI command.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         words: the command line after it.
+        cli: what runs it, :class:`LetheCLI` by default.
 
     Returns:
         The finished CLI, with its ``trainer``, ``model`` and ``datamodule``.
@@ -58,10 +68,21 @@ def run(command: str, words: Sequence[str]) -> LetheCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
     try:
-        return LetheCLI(command, _resolve_configs(words))
+        return (cli or LetheCLI)(command, _resolve_configs(words))
     except BaseException:
         unpatch_loaders()
         raise
+
+
+@atexit.register
+def leave_process_group() -> None:
+    """Leave the process group, if this process is in one, before the interpreter ends.
+
+    Lightning does so for NCCL only. A process that ends in a group of gloo is sometimes aborted at its very end, which
+    turns a finished run into a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def unpatch_loaders() -> None:
@@ -88,10 +109,18 @@ def _resolve_configs(words: Sequence[str]) -> list[str]:
     resolved = list(words)
     for position, word in enumerate(resolved):
         if word.startswith("--config="):
-            resolved[position] = "--config=" + find_config(word.removeprefix("--config="))
+            resolved[position] = "--config=" + _find_config(word.removeprefix("--config="))
         elif position and resolved[position - 1] in ("--config", "-c"):
-            resolved[position] = find_config(word)
+            resolved[position] = _find_config(word)
     return resolved
+
+
+def _find_config(name: str) -> str:
+    found = find_config(name)
+    # what is no name of a file is a configuration written out, or an address
+    if re.fullmatch(r"[^\s:{}]+\.(ya?ml|json)", found) and not Path(found).exists():
+        raise UsageError(f"--config: there is no file '{name}'; lethe list configs shows the shipped ones")
+    return found
 
 
 class _Dropped(logging.Handler):
@@ -159,6 +188,7 @@ class LetheCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            save_config_callback=RecordConfig,
             parser_kwargs={"prog": "lethe", **options, command: dict(options)},
         )
 
@@ -268,11 +298,17 @@ class LetheCLI(LightningCLI):
         return dict(dump[self.command]["model"].get("init_args", {}))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to unlearn a random network."""
+        """Refuse a run without data, and to unlearn a random network."""
         from torchlethe.lightning_modules import UnlearningModule
 
         config = self.config[self.command]
         kind = _target(config.model.class_path) if config.get("model") else None
+        loader = LOADERS[self.command]
+        if config.get("data") is None and getattr(kind, loader, None) is getattr(LightningModule, loader):
+            raise UsageError(
+                "the configuration has no data: name a datamodule with --data, such as --data DigitsDataModule, "
+                "or give a --config that has 'data'"
+            )
         if self.command != "fit" or not (inspect.isclass(kind) and issubclass(kind, UnlearningModule)):
             return
         arguments = config.model.get("init_args") or Namespace()
@@ -284,12 +320,18 @@ class LetheCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
-        """Say where the files of the run are."""
+        """Write the last metrics, and say where the files of the run are."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        record_metrics(self.trainer)
         folder = self.trainer.log_dir or self.trainer.default_root_dir  # on every rank, as it is broadcast
         if self.trainer.is_global_zero:
             sys.stdout.write(f"files  {_relative(folder)}\n")
+
+    def after_validate(self) -> None:
+        """Write the metrics."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            record_metrics(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add Lethe's checkpoint writer, guard and writer of results, each unless the configuration has one."""

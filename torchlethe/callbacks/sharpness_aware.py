@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from torchlethe.callbacks.risen_samples import SampleLosses
 from torchlethe.callbacks.two_passes import PassOptions, TwoPasses
 from torchlethe.components import SharpnessEngine, normalisation_parameters
 from torchlethe.components.ascent_rules import EfficientRule
@@ -51,7 +51,7 @@ class SharpnessAware(Callback):
         interval: two passes every so many optimizer steps (1; looksam 5). Averages follow in the other steps too.
         warmup_steps: optimizer steps at the beginning with one pass.
         rho_schedule: ``constant``; ``linear`` from ``rho`` to ``rho_end`` over the run; ``lr`` with the learning
-            rate.
+            rate, from ``rho`` at its peak to ``rho_end`` at 0 (or at a ``min_lr`` of the optimizer's parameter group).
         rho_end: radius at the end of the schedule.
         perturb: ``all`` parameters, those of normalisation layers (``norm_only``, SAM-ON, arXiv:2306.04226), or a
             regular expression that is searched in their names. Weight gradients that the climb does not need are not
@@ -59,10 +59,11 @@ class SharpnessAware(Callback):
         ascent_fraction: share of the batch, its first samples, that the first pass runs on; what the module logs is
             then of these.
         scope: ``global`` climbs along the gradient of all ranks, so the result does not depend on their number;
-            ``local`` along each rank's own (the SAM paper's m-sharpness), which saves a reduction and does the same
-            in expectation.
+            ``local`` along each rank's own (the SAM paper's m-sharpness, m the batch of a rank), which saves a
+            reduction.
         replay_rng: give the second pass the random numbers of the first (dropout, augmentation in ``training_step``).
-        freeze: ``bn``, ``buffers`` or ``none``, see :func:`~torchlethe.components.frozen_statistics`.
+        freeze: what the second pass leaves alone: the running statistics of BatchNorm and InstanceNorm (``bn``), every
+            buffer (``buffers``: spectral norm, queues, teachers; one compiled graph rather than two), or ``none``.
         memory_dtype: dtype of averages, as a name such as ``bfloat16``; that of the gradients by default.
         sample_losses: esam: function of (module, batch) that gives the losses ``(B,)``; by default the cross-entropy
             of the module's ``forward``.
@@ -80,15 +81,16 @@ class SharpnessAware(Callback):
         Under DDP with ``local`` scope the averages are averaged over ranks when a checkpoint is saved, in the run as
         in the checkpoint; a run that saves at other times differs in their rounding. With accumulation ``global``
         reduces in every micro-batch, ``local`` once. Sharded strategies are refused.
-        Parts that only some ranks use in a step (``find_unused_parameters``) need ``global`` scope and
-        ``perturb="all"``; the rank that meets a NaN in its own climb raises, the others end with the process group.
+        ``find_unused_parameters`` and ``static_graph`` need ``global`` scope and a climb of all parameters, anything
+        else is refused. With ``local`` scope the rank that meets a NaN in its own climb raises, the others end with the
+        process group.
 
         ``training_step`` runs twice on the same batch: what it writes into the batch's dicts and lists is undone for
         the second pass, what it changes inside a tensor is not.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[SharpnessAware("fsam", rho=0.1, lmbda=0.6)], logger=False, barebones=False)
+        >>> trainer = Trainer(callbacks=[SharpnessAware("fsam", rho=0.1, lmbda=0.6)], logger=False)
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class SharpnessAware(Callback):
         replay_rng: bool = False,
         freeze: Literal["bn", "buffers", "none"] = "bn",
         memory_dtype: str | None = None,
-        sample_losses: SampleLosses | None = None,
+        sample_losses: Callable[..., Any] | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 < ascent_fraction <= 1:
@@ -132,9 +134,6 @@ class SharpnessAware(Callback):
             re.compile(perturb)
         except re.error as error:
             raise ValueError(f"perturb is {perturb!r}, which is no regular expression: {error}.") from None
-        dtype = getattr(torch, memory_dtype, None) if memory_dtype else None
-        if memory_dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"memory_dtype is {memory_dtype!r}, it must name a dtype such as 'bfloat16'.")
         self.engine = SharpnessEngine(
             method,
             rho,
@@ -145,7 +144,7 @@ class SharpnessAware(Callback):
             warmup_steps=warmup_steps,
             rho_schedule=rho_schedule,
             rho_end=rho_end,
-            memory_dtype=dtype,
+            memory_dtype=memory_dtype,
             seed=seed,
             sigma=sigma,
             lmbda=lmbda,
@@ -201,6 +200,7 @@ class SharpnessAware(Callback):
             raise ValueError(
                 f"the strategy is {type(trainer.strategy).__name__}, SharpnessAware runs on one device or with ddp."
             )
+        self._refuse_ddp_options(trainer.strategy)
         if sum(isinstance(callback, SharpnessAware) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("the Trainer has two SharpnessAware callbacks, one is allowed.")
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
@@ -212,6 +212,22 @@ class SharpnessAware(Callback):
                 f"{name} has no forward that gives the losses of samples, as method='esam' needs them: "
                 "give sample_losses, or gamma=1 for all samples."
             )
+
+    def _refuse_ddp_options(self, strategy: Any) -> None:
+        """What DDP expects of every backward pass is not so where it does not reduce, or some gradients are missing."""
+        rule, reason = self.engine.rule, None
+        if self.options.scope == "local":
+            reason = "scope='local'"
+        elif self.perturb != "all" and not rule.keeps_first:
+            reason = f"perturb={self.perturb!r}"
+        elif isinstance(rule, EfficientRule) and rule.beta < 1:
+            reason = f"beta={rule.beta:g}"
+        for option in ("find_unused_parameters", "static_graph"):
+            if reason and getattr(strategy, "_ddp_kwargs", {}).get(option):
+                raise ValueError(
+                    f"the strategy has {option}=True, with which ranks would part ways under {reason}: "
+                    f"train without {option}, or with scope='global', perturb='all' and, for method='esam', beta=1."
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizer, find the parameters to perturb, and start from what was loaded."""

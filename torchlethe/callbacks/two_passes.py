@@ -67,6 +67,7 @@ class TwoPasses:
         rule = engine.rule
         self.installed, self.begun, self._start = True, False, start
         self.share_of_samples = rule.gamma if isinstance(rule, EfficientRule) else 1.0
+        self._draws_tensors = isinstance(rule, EfficientRule) and rule.beta < 1
         self.layers: list[nn.Module] = []
         self.metrics: list[Metric] = []
         self.logs: dict[str, Any] = {}
@@ -113,7 +114,8 @@ class TwoPasses:
         self.metrics = [layer for layer in self.layers if isinstance(layer, Metric)]
 
     def end_of_batch(self) -> None:
-        """Drop what was meant for an optimizer step that fp16's scaler, or the module, skipped."""
+        """Let go of the batch, and of what was meant for a step that fp16's scaler, or the module, skipped."""
+        self._arguments = self._clean_losses = self._loss = None
         if self._last:
             self.engine.memory.buffers.pop("correction", None)
 
@@ -132,25 +134,13 @@ class TwoPasses:
         """Lightning's training step at w; remembers what the second pass needs."""
         if not self.begun:
             self._start()
-        trainer, engine, step = self.trainer, self.engine, self.trainer.global_step
         self._arguments = same_batch((args, kwargs))
-        self._two = engine.two_passes(step)
-        self._last = not trainer.fit_loop._should_accumulate()
-        self._rng = RandomState(self.module.device) if self._two and self.options.replay_rng else None
-        # lists rather than dicts: hashing a tensor costs as much as a small operation on it
-        radii = [engine.radius(group, step) for group in self.groups]
-        groups = zip(self.groups, radii, strict=True)
-        self._radii = [(param, radius) for group, radius in groups for param in group["params"]]
-        self._climbing = self._choose(step) if self._two else None
+        self._plan(self.trainer.global_step)
         if self._two and self.options.ascent_fraction < 1:
             size = max(1, round(batch_size_of(args[0]) * self.options.ascent_fraction))
             args = (part_of(args[0], slice(size)), *args[1:])
-        if self._climbing is not None and self._skips:
-            # weight gradients that the climb does not need are not computed
-            self._idle = [param for param, _ in self._radii if param.requires_grad and param not in self._climbing]
         for param in self._idle:
             param.requires_grad_(False)
-        self._reduced = self._first_is_reduced()
         self.sync.switch(self._reduced)
         try:
             with collected_logits(self.module, self._chooses_samples) as logits:
@@ -165,6 +155,21 @@ class TwoPasses:
         elif self._chooses_samples:
             self._clean_losses = self._sample_losses(logits)
         return output
+
+    def _plan(self, step: int) -> None:
+        """Decide what the two passes of a step do."""
+        self._two = self.engine.two_passes(step)
+        self._last = not self.trainer.fit_loop._should_accumulate()
+        self._rng = RandomState(self.module.device) if self._two and self.options.replay_rng else None
+        # lists rather than dicts: hashing a tensor costs as much as a small operation on it
+        radii = [self.engine.radius(group, step) for group in self.groups]
+        groups = zip(self.groups, radii, strict=True)
+        self._radii = [(param, radius) for group, radius in groups for param in group["params"]]
+        self._climbing = self._choose(step) if self._two else None
+        if self._climbing is not None and self._skips:
+            # weight gradients that the climb does not need are not computed
+            self._idle = [param for param, _ in self._radii if param.requires_grad and param not in self._climbing]
+        self._reduced = self._first_is_reduced()
 
     @property
     def _chooses_samples(self) -> bool:
@@ -202,7 +207,8 @@ class TwoPasses:
         if self._second or not (self._two or self._watches):
             self._module_backward(loss, *args, **kwargs)
             return
-        if self._idle and not loss.requires_grad:
+        unused = bool(self._idle) and not loss.requires_grad
+        if unused and not self._draws_tensors:
             raise ValueError(
                 "none of the parameters to perturb has a gradient: the loss of "
                 f"{type(self.module).__name__} does not depend on those that 'perturb' selects."
@@ -213,7 +219,8 @@ class TwoPasses:
         for param in stash:
             param.grad = None
         try:
-            self._module_backward(loss, *args, **kwargs)
+            if not unused:  # ESAM may draw nothing but parameters that this loss does not depend on
+                self._module_backward(loss, *args, **kwargs)
         finally:
             self._wake()
         params = [param for param, _ in self._radii if param.grad is not None]
@@ -246,7 +253,8 @@ class TwoPasses:
             grads = [grad.clone() for grad in grads]
         if not self.scale.remove_(grads):
             # an overflow of fp16, here or on another rank: the scaler has to see it, so that every rank skips the step
-            grads[0].fill_(torch.inf)
+            for grad in grads[:1]:
+                grad.fill_(torch.inf)
             leave(params, grads, stash)
             return
         rho = [radius for param, radius in self._radii if param.grad is not None]
@@ -255,7 +263,9 @@ class TwoPasses:
         names = [self.names[param] for param in climbed] if engine.adaptive == "eta" else None
         measure = not self.trainer.barebones and self.trainer._logger_connector.should_update_logs
         try:
-            engine.climb(climbed, [grads[i] for i in moved], rho, names, measure)
+            engine.measured = {}
+            if climbed or not self._draws_tensors:
+                engine.climb(climbed, [grads[i] for i in moved], rho, names, measure)
             if measure:
                 engine.check()
             if not keeps:

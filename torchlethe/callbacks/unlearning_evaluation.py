@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from torchlethe.callbacks.evaluation_passes import REQUIRED, check_loaders, check_weights, collect_outputs
+from torchlethe.callbacks.evaluation_passes import check_loaders, check_weights, collect_outputs
 from torchlethe.callbacks.evaluation_record import (
     OTHERS,
     describe_run,
@@ -191,7 +191,7 @@ class UnlearningEvaluation(RunClock):
         folder = run_folder(trainer)  # on every rank
         for title, weights, names in (
             ("original", self.original, None),
-            ("reference", self.reference, ("forget",) if known else REQUIRED),
+            ("reference", self.reference, ("forget",) if known else None),
         ):
             if weights:
                 sets[title] = collect_outputs(

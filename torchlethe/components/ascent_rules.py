@@ -129,23 +129,23 @@ class FriendlyRule(AscentRule):
         _check("lmbda", self.lmbda, 0 <= self.lmbda <= 1, "in [0, 1]")
         _check("min_noise_ratio", self.min_noise_ratio, 0 <= self.min_noise_ratio < 1, "in [0, 1)")
         _check("order", repr(self.order), self.order in ("code", "paper"), "'code' or 'paper'")
-        self._removed  # noqa: B018 - refuses sigma and lmbda that the paper's order does not allow
+        self.removed()  # refuses what the paper's order does not allow
 
-    @property
-    def _removed(self) -> float:
+    def removed(self) -> float:
+        """The share of the average from before the batch that is removed, in either order."""
         return sigma_of_paper_order(self.sigma, self.lmbda) if self.order == "paper" else self.sigma
 
     def direction(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
-        """D = g − σ·m; without an average yet, d = g."""
+        """Make d = g − σ·m; without an average yet, d = g."""
         some, ema = memory.known("ema", params, grads)
         if some:
-            friendly_direction_(some, ema, self._removed)
+            friendly_direction_(some, ema, self.removed())
 
     def remember(self, params: Tensors, direction: Tensors, memory: Memory) -> None:
-        """M ← λ·m + (1 − λ)·g; the first gradient starts it."""
+        """Update m ← λ·m + (1 − λ)·g; the first gradient starts it."""
         some, ema = memory.known("ema", params, direction)
         if some:
-            friendly_average_(ema, some, self._removed, self.lmbda)
+            friendly_average_(ema, some, self.removed(), self.lmbda)
         memory.keep("ema", params, direction)
 
     def observe(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
@@ -172,7 +172,7 @@ class VarianceSuppressedRule(AscentRule):
         _check("theta", self.theta, 0 < self.theta <= 1, "in (0, 1]")
 
     def direction(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
-        """D = (1 − θ)·m + θ·g."""
+        """Make d = (1 − θ)·m + θ·g; without an average yet, d = g."""
         some, ema = memory.known("ema", params, grads)
         if some:
             torch._foreach_mul_(some, self.theta)
@@ -206,7 +206,7 @@ class SurrogateGapRule(AscentRule):
         _check("alpha", self.alpha, self.alpha >= 0, "at least 0")
 
     def combine(self, params: Tensors, first: Tensors, second: Tensors, memory: Memory) -> list[Tensor] | None:
-        """g̃ − α·g⊥."""
+        """Make the update g̃ − α·g⊥."""
         gsam_combine_(first, second, self.alpha)
         return None
 
@@ -261,7 +261,7 @@ class LookRule(AscentRule):
         return None
 
     def reuse(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
-        """G + α·‖g‖/‖g_v‖·g_v."""
+        """Make the update g + α·‖g‖/‖g_v‖·g_v; without a g_v yet, g."""
         some, component = memory.known("component", params, grads)
         if some:
             look_reuse_(some, component, self.alpha)
@@ -310,7 +310,7 @@ class FullGradientRule(AscentRule):
         _check("part", repr(self.part), self.part in ("full", "noise"), "'full' or 'noise'")
 
     def direction(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
-        """D = G, or d = g − (⟨g, G⟩/‖G‖²)·G."""
+        """Make d = G, or d = g − (⟨g, G⟩/‖G‖²)·G."""
         some, full = memory.known("full", params, grads)
         if self.part == "full":
             torch._foreach_copy_(some, full)

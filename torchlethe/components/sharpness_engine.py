@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from torchlethe.components.ascent_rules import AscentRule, EfficientRule, FriendlyRule, Memory, ascent_rule
-from torchlethe.functional.perturbation import Tensors, inner_product, norm_of_norms, total_norm
-
-Adaptive = Literal["w2", "eta"]
+from torchlethe.functional.perturbation import (
+    Adaptive,
+    Tensors,
+    adaptive_scale,
+    inner_product,
+    norm_of_norms,
+    total_norm,
+)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -43,9 +48,11 @@ class SharpnessEngine:
         interval: two passes every so many steps, between them one; 1 by default, 5 for LookSAM.
         warmup_steps: steps at the beginning that make one pass.
         rho_schedule: ``constant``; ``linear`` in the step from ``rho`` to ``rho_end``; ``lr``, the same share of the
-            way as the learning rate's to 0 (GSAM).
+            way as the learning rate's from its peak (a group's ``max_lr``, else ``initial_lr``) to its ``min_lr``,
+            else 0 (GSAM).
         rho_end: radius at the end of the schedule, at least 0.
-        memory_dtype: dtype of what a method remembers, for example bfloat16 to halve it; the gradient's by default.
+        memory_dtype: dtype of what a method remembers, or its name, for example "bfloat16" to halve it; the gradient's
+            by default.
         seed: of ESAM's choice of tensors.
         options: the method's own options, see :func:`~torchlethe.components.ascent_rule`.
 
@@ -70,7 +77,7 @@ class SharpnessEngine:
         warmup_steps: int = 0,
         rho_schedule: Literal["constant", "linear", "lr"] = "constant",
         rho_end: float = 0.0,
-        memory_dtype: torch.dtype | None = None,
+        memory_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -103,7 +110,7 @@ class SharpnessEngine:
         self.rho_schedule, self.rho_end, self.seed = rho_schedule, rho_end, seed
         self.total_steps: int | None = None
         self.steps = 0
-        self.memory = Memory(memory_dtype)
+        self.memory = Memory(_floating(memory_dtype))
         self.measured: dict[str, Tensor] = {}
         self._saved: dict[Tensor, Tensor] = {}
         self._climbed: list[Tensor] = []
@@ -132,7 +139,8 @@ class SharpnessEngine:
         else:
             lr = float(group["lr"])
             peak = float(group.get("max_lr", group.get("initial_lr", lr)))
-            left = min(1.0, lr / peak) if peak > 0 else 0.0
+            low = float(group.get("min_lr", 0.0))
+            left = min(1.0, max(0.0, (lr - low) / (peak - low))) if peak > low else 0.0
         return self.rho_end + (rho - self.rho_end) * left
 
     def chosen(self, count: int, step: int) -> list[bool] | None:
@@ -185,26 +193,29 @@ class SharpnessEngine:
         if scale is not None:
             torch._foreach_mul_(scaled, scale)
         self._save(params)
-        epsilon = 1e-16 if self.adaptive == "eta" else self.rule.epsilon
-        share = self.rule.beta if isinstance(self.rule, EfficientRule) else 1.0
         if floor:
             assert grad_norm is not None
             norm = torch.where(norm < floor * grad_norm, torch.inf, norm)
         used_up = not self.rule.keeps_first or scale is not None
         for radius in dict.fromkeys(rho):
             here = [i for i, other in enumerate(rho) if other == radius]
-            weights, direction = [params[i] for i in here], [scaled[i] for i in here]
-            if self.norm == "layerwise":
-                factors = [radius / share / (norms[i] + epsilon) for i in here]
-                torch._foreach_add_(weights, torch._foreach_mul(direction, factors))
-            elif norm.device.type == "cpu":
-                # reading the number costs nothing here and saves a sweep over the direction
-                torch._foreach_add_(weights, direction, alpha=radius / share / (float(norm) + epsilon))
-            elif used_up:
-                torch._foreach_mul_(direction, radius / share / (norm + epsilon))
-                torch._foreach_add_(weights, direction)
-            else:
-                torch._foreach_add_(weights, torch._foreach_mul(direction, radius / share / (norm + epsilon)))
+            parts = norms if self.norm == "layerwise" else [norm] * len(norms)
+            self._move([params[i] for i in here], [scaled[i] for i in here], radius, [parts[i] for i in here], used_up)
+
+    def _move(self, params: list[Tensor], direction: list[Tensor], rho: float, norms: Tensors, used_up: bool) -> None:
+        """Add ρ·d/N to parameters of one radius; the direction may be overwritten where it is not needed any more."""
+        epsilon = 1e-16 if self.adaptive == "eta" else self.rule.epsilon
+        length = rho / self.rule.beta if isinstance(self.rule, EfficientRule) else rho
+        if self.norm == "layerwise":
+            torch._foreach_add_(params, torch._foreach_mul(direction, [length / (norm + epsilon) for norm in norms]))
+        elif norms[0].device.type == "cpu":
+            # reading the number costs nothing here and saves a sweep over the direction
+            torch._foreach_add_(params, direction, alpha=length / (float(norms[0]) + epsilon))
+        elif used_up:
+            torch._foreach_mul_(direction, length / (norms[0] + epsilon))
+            torch._foreach_add_(params, direction)
+        else:
+            torch._foreach_add_(params, torch._foreach_mul(direction, length / (norms[0] + epsilon)))
 
     def _measure_average(self, params: Tensors, grads: Tensors, grad_norm: Tensor | None) -> None:
         assert grad_norm is not None
@@ -218,14 +229,9 @@ class SharpnessEngine:
     def _adaptive_scale(self, params: Tensors, names: Sequence[str] | None) -> list[Tensor] | None:
         if self.adaptive is None:
             return None
-        if self.adaptive == "w2":
-            return list(params)  # the sign does not matter: it is gone in the norm, and squared in the step
-        if names is None:
+        if self.adaptive == "eta" and names is None:
             raise ValueError("adaptive='eta' needs the names of the parameters: pass model.named_parameters().")
-        return [
-            param.abs() + self.eta if "weight" in name else torch.ones_like(param)
-            for param, name in zip(params, names, strict=True)
-        ]
+        return adaptive_scale(params, self.adaptive, self.eta, names or ())
 
     def _note_finite(self, norm: Tensor) -> None:
         if norm.device.type != "cpu":
@@ -341,7 +347,11 @@ class SharpnessEngine:
 
         Args:
             names: names of the parameters.
+
+        Raises:
+            NonFiniteGradientError: a gradient was not finite, see :meth:`check`: such a state is not worth keeping.
         """
+        self.check()
         memory = {
             buffer: {names[param]: value for param, value in found.items() if param in names}
             for buffer, found in self.buffers().items()
@@ -366,3 +376,11 @@ class SharpnessEngine:
                 params[name]: value.to(params[name].device, copy=True) for name, value in found.items()
             }
         self.steps = state["steps"]
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype, from its name too."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"memory_dtype is {dtype!r}, it must name a floating-point dtype such as 'bfloat16'.")
+    return found

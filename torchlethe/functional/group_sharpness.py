@@ -6,15 +6,12 @@ Sources: SAM and m-sharpness (arXiv:2010.01412, 2206.06232), ASAM (2102.11600).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchlethe.functional.mean_loss import Batches, Loss, MeanLoss, Reduce, check_positive, wide_zero
-from torchlethe.functional.perturbation import total_norm
-
-Adaptive = Literal["w2", "eta"]
+from torchlethe.functional.perturbation import Adaptive, adaptive_scale, total_norm
 
 
 def climb(
@@ -46,15 +43,12 @@ def climb(
         >>> climb([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])], rho=0.5)
         [tensor([0.3000, 0.4000])]
     """
-    directions, gradients = list(gradients), list(gradients)
+    directions, scaled = list(gradients), list(gradients)
     if adaptive is not None:
-        scales = [value.detach().abs() for value in parameters]
-        if adaptive == "eta":
-            pairs = zip(names, scales, strict=True)
-            scales = [scale + eta if "weight" in name else torch.ones_like(scale) for name, scale in pairs]
-        gradients = list(torch._foreach_mul(gradients, scales))
-        directions = list(torch._foreach_mul(gradients, scales))
-    return list(torch._foreach_mul(directions, rho / (total_norm(gradients) + 1e-12)))
+        scales = adaptive_scale([value.detach() for value in parameters], adaptive, eta, names)
+        scaled = list(torch._foreach_mul(directions, scales))
+        directions = list(torch._foreach_mul(scaled, scales))
+    return list(torch._foreach_mul(directions, rho / (total_norm(scaled) + 1e-12)))
 
 
 def m_sharpness(

@@ -10,10 +10,14 @@ Sources: SAM (arXiv:2010.01412), ASAM (2102.11600), F-SAM (2403.12350, nblt/F-SA
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+Adaptive = Literal["w2", "eta"]
 
 
 def total_norm(tensors: Tensors) -> Tensor:
@@ -49,6 +53,31 @@ def inner_product(left: Tensors, right: Tensors) -> Tensor:
     """Inner product of two lists of tensors, as a scalar tensor."""
     products = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in torch._foreach_mul(left, right)]
     return torch.cat([x.flatten() for x in products]).sum()
+
+
+def adaptive_scale(params: Tensors, adaptive: Adaptive, eta: float, names: Sequence[str]) -> list[Tensor]:
+    """ASAM's T, up to its sign: the climb is ε = ρ·T²⊙d / ‖T⊙d‖, in which the sign is gone.
+
+    Args:
+        params: w.
+        adaptive: ``w2`` is T = w (davda54/sam); ``eta`` T = |w| + η for parameters with "weight" in their name and 1
+            for others (SamsungLabs/ASAM).
+        eta: η.
+        names: of the parameters, for ``eta``.
+
+    Returns:
+        One tensor a parameter; for ``w2`` the parameters themselves.
+
+    Example:
+        >>> adaptive_scale([torch.tensor([-1.0, 2.0])], "eta", 0.5, ["net.weight"])
+        [tensor([1.5000, 2.5000])]
+    """
+    if adaptive == "w2":
+        return list(params)
+    return [
+        param.abs() + eta if "weight" in name else torch.ones_like(param)
+        for param, name in zip(params, names, strict=True)
+    ]
 
 
 def friendly_direction_(grads: Tensors, ema: Tensors, sigma: float) -> None:

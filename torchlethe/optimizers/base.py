@@ -86,7 +86,8 @@ class SharpnessAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: there is no closure, it does not zero the gradients, or a gradient is sparse.
-            NonFiniteGradientError: the first gradient is NaN or infinite; the weights are as before.
+            NonFiniteGradientError: the first gradient is NaN or infinite; the weights are as before. On a GPU, where a
+                look at every step would cost time, :meth:`state_dict` raises it.
         """
         if closure is None:
             raise RuntimeError(
@@ -176,6 +177,9 @@ class SharpnessAwareOptimizer(Optimizer):
         """The base optimizer's state, and in it what the method remembers and the number of steps.
 
         No copy of the weights is in it, so it must not be taken between :meth:`first_step` and :meth:`second_step`.
+
+        Raises:
+            NonFiniteGradientError: a first gradient was NaN or infinite since the last call.
         """
         places = {param: str(i) for i, param in enumerate(two_pass.all_params(self.param_groups))}
         return {**self.base.state_dict(), "sharpness": self.engine.state_dict(places)}

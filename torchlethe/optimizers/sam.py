@@ -99,7 +99,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         order: ``code`` removes the average from before the batch, ``paper`` the one after it.
         min_noise_ratio: no climb where ‖d‖ is below this share of ‖g‖.
         interval: two passes every so many steps; the average follows in the others too.
-        memory_dtype: dtype of the average.
+        memory_dtype: dtype of the average, or its name, such as "bfloat16"; the gradient's by default.
         module: see :class:`~torchlethe.optimizers.SharpnessAwareOptimizer`, as the two below.
         closure_style: ``full`` or ``official``.
         base_arguments: further arguments of ``base_optimizer``.
@@ -116,7 +116,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         order: Literal["code", "paper"] = "code",
         min_noise_ratio: float = 0.0,
         interval: int = 1,
-        memory_dtype: torch.dtype | None = None,
+        memory_dtype: torch.dtype | str | None = None,
         module: nn.Module | None = None,
         closure_style: Literal["full", "official"] = "full",
         **base_arguments: Any,
@@ -174,7 +174,7 @@ class GSAM(SharpnessAwareOptimizer):
         alpha: weight of the part of the clean gradient that is orthogonal to the perturbed one; 0 gives SAM.
         rho_schedule: ``lr`` lets the radius follow the learning rate from ``rho`` to ``rho_end``, as published;
             ``constant`` does not.
-        rho_end: radius at a learning rate of 0.
+        rho_end: radius at a learning rate of 0, or of the parameter group's ``min_lr``.
         interval: two passes every so many steps, one between them.
         module: see :class:`~torchlethe.optimizers.SharpnessAwareOptimizer`, as the two below.
         closure_style: ``full`` or ``official``.
@@ -319,8 +319,11 @@ class ESAM(SharpnessAwareOptimizer):
                 "SharpnessAware(method='esam')."
             )
         self._losses = losses if self.gamma < 1 else None
-        self._clean = self._evaluate() if self._losses and self.engine.two_passes(self.engine.steps) else None
-        return super().step(closure)
+        try:
+            self._clean = self._evaluate() if self._losses and self.engine.two_passes(self.engine.steps) else None
+            return super().step(closure)
+        finally:
+            self._losses = self._clean = None  # the function holds the batch
 
     def _evaluate(self) -> Tensor:
         assert self._losses is not None

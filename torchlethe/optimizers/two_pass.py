@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from torchlethe.components import SharpnessEngine, frozen_statistics
 
@@ -99,73 +98,6 @@ def one_pass(engine: SharpnessEngine, groups: Groups) -> None:
     first = gradients(groups, engine, lambda param: True)
     engine.observe(first.params, first.grads)
     engine.reuse(first.params, first.grads)
-
-
-def everything(param: Tensor) -> bool:
-    """Perturb every parameter."""
-    return True
-
-
-def sam_step(
-    optimizer: Any,
-    closure: Callable[[], Tensor],
-    engine: SharpnessEngine,
-    module: nn.Module | None = None,
-) -> Tensor:
-    """One sharpness-aware step in a training loop of your own, for example under Lightning's manual optimization.
-
-    The closure runs forward and backward on one batch and returns the loss; it is called twice. ``optimizer.step()`` is
-    called once, so under Lightning ``global_step`` counts one. The engine is kept from step to step; to resume exactly,
-    store ``engine.state_dict(names)`` in ``on_save_checkpoint``, with ``names`` from parameter to name.
-
-    Example::
-
-        def training_step(self, batch, batch_idx):
-            def closure():
-                loss = self.loss(batch)
-                self.manual_backward(loss)
-                return loss
-
-            loss = sam_step(self.optimizers(), closure, self.engine, module=self)
-
-    Args:
-        optimizer: a torch, Lightning or Fabric optimizer around a plain base optimizer.
-        closure: forward, backward (``self.manual_backward`` under Lightning), returns the loss.
-        engine: the method.
-        module: the network, when the second pass is to leave its running statistics alone.
-
-    Returns:
-        The loss at w, detached.
-
-    Raises:
-        ValueError: the optimizer makes two passes of its own, or gradients are scaled for fp16.
-
-    Note:
-        Under DDP both passes are averaged over ranks by the closure's backward.
-    """
-    from torchlethe.optimizers.base import SharpnessAwareOptimizer
-
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if isinstance(inner, SharpnessAwareOptimizer):
-        raise ValueError(
-            f"optimizer is a {type(inner).__name__}, which makes two passes itself: use its step(closure)."
-        )
-    strategy = getattr(optimizer, "_strategy", None)
-    if getattr(getattr(strategy, "precision_plugin", None), "scaler", None) is not None:
-        raise ValueError("precision is 16-mixed, but sam_step sees scaled gradients: use bf16-mixed.")
-    assert isinstance(inner, Optimizer)
-    groups, step = inner.param_groups, engine.steps
-    clear(groups)
-    loss = closure()
-    if engine.two_passes(step):
-        second_pass(groups, engine, step, everything, closure, module)
-    else:
-        one_pass(engine, groups)
-    optimizer.step()
-    engine.after_step(groups)
-    clear(groups)
-    engine.steps += 1
-    return loss.detach()
 
 
 def second_pass(

@@ -1,8 +1,7 @@
-"""From a checked study to jobs: folders, exact command lines, and keys that say whether a result still counts."""
+"""From a checked study to jobs: folders and exact command lines."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -13,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from torchlethe import __version__
+from torchlethe.study.fingerprints import load_yaml
+from torchlethe.study.keys import identify
 from torchlethe.study.spec import OUTPUTS, REFERENCE, Layer, Scenario, Stage, Study
 
 # A stage has its own log file and folder; what follows may be set again by the study.
@@ -29,13 +29,15 @@ class Job:
     """One LightningCLI call of a study.
 
     Attributes:
-        stage: the stage it belongs to.
+        stage: the stage it belongs to, one point of its grid.
         scenario: None for a stage that does not run per scenario.
         seed: None for a stage that does not run per seed.
         folder: where everything it writes goes.
         words: the command line after ``lethe COMMAND``.
         inputs: files of other jobs that it reads, by the reference that names them.
         needs: the jobs that must be done before.
+        files: its configuration files, which come first among the words.
+        template: the other words, with references to outputs of other stages as the study has them.
     """
 
     stage: Stage
@@ -45,13 +47,16 @@ class Job:
     words: tuple[str, ...]
     inputs: Mapping[str, Path] = field(default_factory=dict)
     needs: tuple[Job, ...] = ()
+    files: tuple[Path, ...] = ()
+    template: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
-        """A short name for people: ``sfron · one class · seed 0``."""
+        """A short name for people: ``sfron (alpha=3) · one class · seed 0``."""
+        name = f"{self.stage.base} ({self.stage.point})" if self.stage.point else self.stage.base
         scenario = self.scenario.title if self.scenario else ""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        return " · ".join(part for part in (self.stage.name, scenario, seed) if part)
+        return " · ".join(part for part in (name, scenario, seed) if part)
 
     @property
     def command(self) -> str:
@@ -59,41 +64,20 @@ class Job:
         return shlex.join(["lethe", self.stage.command, *self.words])
 
     def key(self) -> str:
-        """What the result depends on, as a SHA-256: command line, content of config files and inputs, version of Lethe.
+        """What the result depends on, as a SHA-256; see :func:`torchlethe.study.keys.identify`."""
+        return identify(self).key
 
-        Paths of the study's own folder do not count, so a moved output folder is still done. The inputs must exist.
-        """
-        digest = hashlib.sha256(f"{__version__}\n{self.stage.command}\n".encode())
-        text = "\n".join(word for word in self.words if not word.startswith("--config="))
-        for reference, path in self.inputs.items():
-            text = text.replace(str(path), f"${{{reference}}}")
-        digest.update(text.replace(str(self.folder), "${folder}").encode())
+    def trainer(self, option: str) -> Any:
+        """What the job sets an option of the Trainer to, in its files or words; None where it does not."""
+        value = None
+        for path in self.files:
+            content = load_yaml(path) if path.is_file() else None
+            trainer = content.get("trainer") if isinstance(content, dict) else None
+            value = trainer.get(option, value) if isinstance(trainer, dict) else value
         for word in self.words:
-            if word.startswith("--config="):
-                digest.update(config_content(Path(word.removeprefix("--config="))))
-        for reference, path in sorted(self.inputs.items()):
-            digest.update(reference.encode())
-            if path.is_file():
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
-
-
-def config_content(path: Path, seen: frozenset[Path] = frozenset()) -> bytes:
-    """The content of a configuration file and of the YAML files that it refers to."""
-    content = path.read_bytes()
-    for value in _strings(yaml.safe_load(content)):
-        inner = path.parent / value
-        if value.endswith((".yaml", ".yml", ".json")) and inner.is_file() and inner not in seen:
-            content += config_content(inner, seen | {path, inner})
-    return content
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in items for text in _strings(item)]
+            if word.startswith(f"--trainer.{option}="):
+                value = yaml.safe_load(word.partition("=")[2])
+        return value
 
 
 def plan_jobs(study: Study, output: str | Path | None = None) -> list[Job]:
@@ -116,7 +100,7 @@ def plan_jobs(study: Study, output: str | Path | None = None) -> list[Job]:
                 for name in stage.needs:
                     per = study.stages[name].per
                     point = (scenario.name if scenario and "scenario" in per else None, seed if "seed" in per else None)
-                    needed[name] = jobs[name, *point]
+                    needed[study.stages[name].base] = jobs[name, *point]
                 job = _job(study, stage, scenario, seed, root, needed)
                 jobs[stage.name, scenario.name if scenario else None, seed] = job
     return list(jobs.values())
@@ -130,35 +114,54 @@ def _job(
         folder /= scenario.name
     if seed is not None:
         folder /= f"seed-{seed}"
-    layer = Layer(set={"trainer.default_root_dir": str(folder), **QUIET}) + study.defaults
+    layer = Layer(set=QUIET) + study.defaults
     if scenario:
         layer += scenario.layer
     layer += stage.layer
     if scenario:
-        layer += scenario.stages.get(stage.name, Layer())
+        layer += scenario.stages.get(stage.base, Layer())
+    layer += Layer(set=stage.grid)
 
-    values: dict[str, Any] = {"seed": seed, "scenario": scenario.name if scenario else None}
+    own: dict[str, Any] = {"seed": seed, "scenario": scenario.name if scenario else None}
+    outputs = {
+        f"{name}.{kind}": need.folder if file == "." else need.folder / file
+        for name, need in needed.items()
+        for kind, file in OUTPUTS.items()
+    }
     inputs: dict[str, Path] = {}
-    for name, need in needed.items():
-        for kind, file in OUTPUTS.items():
-            values[f"{name}.{kind}"] = str(need.folder / file) if file != "." else str(need.folder)
-    words = [f"--config={_relative(path)}" for path in dict.fromkeys(layer.config)]
+    files = []
+    for path in dict.fromkeys(layer.config):
+        if (reference := REFERENCE.fullmatch(str(path))) is not None:
+            inputs[reference[1]] = path = outputs[reference[1]]
+        files.append(_relative(path))
+    words, template = [], []
     for key, value in layer.set.items():
         for reference in REFERENCE.findall(json.dumps(value)):
-            name, _, kind = reference.partition(".")
-            if kind == "weights":
-                inputs[reference] = Path(values[reference])
+            if reference in outputs and OUTPUTS[reference.partition(".")[2]] != ".":
+                inputs[reference] = outputs[reference]
         option = key.rstrip("+") + ("+" if key.endswith("+") else "")
-        words.append(f"--{option}={_text(_resolved(value, values))}")
-    return Job(stage, scenario, seed, folder, tuple(words), inputs, tuple(needed.values()))
+        words.append(f"--{option}={_text(_resolved(value, own | {k: str(v) for k, v in outputs.items()}))}")
+        template.append(f"--{option}={_text(_resolved(value, own))}")
+    inputs = {name: _relative(path) if _relative(path) in files else path for name, path in inputs.items()}
+    return Job(
+        stage,
+        scenario,
+        seed,
+        folder,
+        (*(f"--config={path}" for path in files), f"--trainer.default_root_dir={folder}", *words),
+        inputs,
+        tuple(needed.values()),
+        tuple(files),
+        tuple(template),
+    )
 
 
 def _resolved(value: Any, values: Mapping[str, Any]) -> Any:
-    """Replace every ``${…}``; a value that is nothing but one reference keeps its type."""
+    """Replace every ``${…}`` that is known; a value that is nothing but one reference keeps its type."""
     if isinstance(value, str):
         if (whole := REFERENCE.fullmatch(value)) is not None:
-            return values[whole[1]]
-        return REFERENCE.sub(lambda match: str(values[match[1]]), value)
+            return values.get(whole[1], value)
+        return REFERENCE.sub(lambda match: str(values.get(match[1], match[0])), value)
     if isinstance(value, Mapping):
         return {key: _resolved(item, values) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,225 +2,260 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchlethe import __version__
-from torchlethe.study.figures import MARKS, Bar, bars, histogram
-from torchlethe.study.results import Cell, Results, caption, definition, digits, number, signed, spread
-from torchlethe.study.runner import LOG, now
-from torchlethe.study.spec import Scenario
+from torchlethe.study.collect import row_title
+from torchlethe.study.explain import READING
+from torchlethe.study.figures import Plot, inline
+from torchlethe.study.panels import bar_panels, histogram_panels, method_marks, pareto_panels, sentence_case
+from torchlethe.study.results import Results
+from torchlethe.study.runner import ERROR, LOG, Outcome, now
+from torchlethe.study.tables import caption, gap_text, in_spreads, latex, number, signed, spread, std_text
 
-BARS = ("forget_accuracy", "remain_accuracy", "test_accuracy", "mia_entropy_logistic", "average_gap", "run_seconds")
+LOST = ("failed", "blocked")
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """The head of a table's column."""
 
+    name: str
     title: str
     unit: str
     definition: str
+    better: str
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One figure with its caption."""
-
-    title: str
-    svg: str
-    mark: int = 0
-
-
-def render(results: Results, environment: Mapping[str, str], command: str) -> str:
+def render(
+    results: Results, environment: Mapping[str, str], command: str, files: Mapping[str, str] | None = None
+) -> str:
     """The report as HTML.
 
     Args:
         results: of :func:`~torchlethe.study.results.collect`.
         environment: labels and texts that say where the study ran.
         command: the shell command that reproduces it.
+        files: what lies beside the report, by name.
 
     Returns:
         A complete HTML document without external resources.
     """
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
-    marks = method_marks(results)
     loader = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader.filters["first_capital"] = sentence_case
     template = loader.from_string(Path(__file__).with_name("report.html.j2").read_text("utf-8"))
-    sections = [
-        {
-            "scenario": scenario,
-            "finding": finding(results, scenario),
-            "columns": [_column(name) for name in results.columns(scenario.name)],
-            "rows": [
-                {"method": method, "mark": marks[method], "cells": _cells(results, scenario.name, method)}
-                for method in results.methods
-            ],
-            "bars": [_safe(panel, Markup) for panel in _bar_panels(results, scenario.name, marks)],
-            "histograms": [_safe(panel, Markup) for panel in _histogram_panels(results, scenario.name, marks)],
-        }
-        for scenario in results.scenarios
-    ]
-    names = dict.fromkeys(name for scenario in results.scenarios for name in results.columns(scenario.name))
-    study = results.study
+    names = dict.fromkeys(name for scenario in results.scenarios for name in results.metrics(scenario))
     return template.render(
-        study=study,
         results=results,
-        sections=sections,
-        several=len(study.scenarios) > 1,
+        sections=[_section(results, scenario) for scenario in results.scenarios],
+        headed=results.headed,
         caption=caption(results, "below it"),
-        definitions=[_column(name) for name in names],
+        percent=any(results.definition(name).unit == "%" for name in names),
+        reading=READING if results.reference else {},
+        definitions=[column for name in names if (column := _column(results, name)).definition],
+        undefined=[name for name in names if not results.definition(name).definition],
         facts=_facts(results),
         environment=dict(environment),
         command=command,
-        source=study.path.read_text("utf-8"),
         stages=_stages(results),
-        failures=[outcome for outcome in results.outcomes if outcome.status in ("failed", "blocked")],
+        latex=latex(results) if results.runs else "",
+        files=dict(files or {}),
+        failures=_failures(results),
         log=LOG,
         version=__version__,
         finished=now(),
     )
 
 
-def method_marks(results: Results) -> dict[str, int]:
-    """The colour of each method: 0 for the original, 1 for the reference, then the methods in order."""
-    marks = {results.original: 0, results.reference: 1}
-    others = [method for method in results.methods if method not in marks]
-    # more methods than colours: start over behind the two that are reserved
-    return {method: marks.get(method, 0) for method in results.methods} | {
-        method: 2 + index % (len(MARKS) - 2) for index, method in enumerate(others)
+def _section(results: Results, scenario: str) -> dict[str, Any]:
+    marks = method_marks(results)
+    columns = results.columns(scenario)
+    methods = [method for method in results.methods if results.select(scenario, method)]
+    return {
+        "name": scenario,
+        "title": results.titles[scenario],
+        "finding": finding(results, scenario),
+        "columns": [_column(results, name) for name in columns],
+        "rows": [
+            {
+                "method": method,
+                "mark": marks[method],
+                "cells": [_cell(results, scenario, method, name) for name in columns],
+                "anchor": _anchor(results, method),
+                "note": _completeness(results, scenario, method),
+            }
+            for method in methods
+        ],
+        "lost": _lost_rows(results, scenario),
+        "every": [
+            {
+                "column": _column(results, name),
+                "cells": [_cell(results, scenario, method, name) for method in methods],
+            }
+            for name in results.metrics(scenario)
+        ],
+        "bars": _panels(bar_panels(results, scenario)),
+        "pareto": _panels(pareto_panels(results, scenario)),
+        "histograms": _panels(histogram_panels(results, scenario), "Confidence on the forget set: "),
     }
 
 
-def finding(results: Results, scenario: Scenario) -> str:
+def finding(results: Results, scenario: str) -> str:
     """The scenario's outcome in one sentence, or an empty string when there is nothing to compare."""
     methods = [method for method in results.methods if method not in (results.original, results.reference)]
-    gaps = {method: cell for method in methods if (cell := results.cell(scenario.name, method, "average_gap"))}
+    gaps = {method: cell for method in methods if (cell := results.cell(scenario, method, "average_gap"))}
     if not gaps or not results.reference:
         return ""
     best = min(gaps, key=lambda method: gaps[method].mean)
     text = f"{best} {'comes closest to' if len(gaps) > 1 else 'is compared with'} {results.reference}: "
-    text += f"{number(gaps[best].mean, 'average_gap')} points apart on average"
-    if results.original and (start := results.cell(scenario.name, results.original, "average_gap")):
-        text += f" ({results.original}: {number(start.mean, 'average_gap')})"
-    if speed := results.cell(scenario.name, best, "speed_up"):
+    text += f"{number(gaps[best].mean, '%')} points apart on average"
+    if results.original and (start := results.cell(scenario, results.original, "average_gap")):
+        text += f" ({results.original}: {number(start.mean, '%')})"
+    if speed := results.cell(scenario, best, "speed_up"):
         faster = speed.mean >= 1
-        factor = number(speed.mean if faster else 1 / speed.mean, "speed_up")
+        factor = number(speed.mean if faster else 1 / speed.mean, "×")
         text += f", and {factor} times {'faster' if faster else 'slower'}"
     return f"{text}."
 
 
-def _safe(panel: Panel, markup: Any) -> dict[str, Any]:
-    return {"title": panel.title, "svg": markup(panel.svg), "mark": panel.mark}
+def _panels(plots: list[Plot], prefix: str = "") -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    return [
+        {"title": plot.title, "svg": Markup(inline(plot, prefix + plot.title)), "mark": plot.mark} for plot in plots
+    ]
 
 
-def _column(metric: str) -> Column:
-    found = definition(metric)
-    return Column(found.title, found.unit if found.unit != "×" else "", found.definition)
+def _column(results: Results, metric: str) -> Column:
+    found = results.definition(metric)
+    unit = found.unit if found.unit not in ("×", "%") else ""
+    return Column(metric, found.title, unit, found.definition, results.better(metric) or "")
 
 
-def _cells(results: Results, scenario: str, method: str) -> list[dict[str, Any] | None]:
-    cells: list[dict[str, Any] | None] = []
-    for name in results.columns(scenario):
-        cell = results.cell(scenario, method, name)
-        if cell is None:
-            cells.append(None)
+def _cell(results: Results, scenario: str, method: str, metric: str) -> dict[str, Any] | None:
+    cell = results.cell(scenario, method, metric)
+    if cell is None:
+        return None
+    unit = results.definition(metric).unit
+    return {
+        "value": repr(cell.mean),
+        "mean": number(cell.mean, unit),
+        "std": std_text(cell, unit),
+        "gap": None if cell.gap is None else signed(cell.gap, unit),
+        "spreads": in_spreads(cell),
+        "text": spread(cell, unit) + (f" ({gap})" if (gap := gap_text(cell, unit)) else ""),
+        "best": results.best(scenario, metric) == method,
+        "suffix": "×" if unit == "×" else "",
+    }
+
+
+def _anchor(results: Results, method: str) -> str:
+    """The identifier of the block with a row's configurations; empty without one."""
+    return next((_identifier(outcome) for outcome in results.outcomes if row_title(outcome.job) == method), "")
+
+
+def _identifier(outcome: Outcome) -> str:
+    return "stage-" + re.sub(r"[^A-Za-z0-9_-]+", "-", row_title(outcome.job) or outcome.job.stage.name)
+
+
+def _completeness(results: Results, scenario: str, method: str) -> str:
+    count = len(results.select(scenario, method))
+    return f"{count} of {len(results.seeds)} seeds" if count < len(results.seeds) else ""
+
+
+def _lost_rows(results: Results, scenario: str) -> list[str]:
+    """The rows that have no result in a scenario because their runs failed."""
+    here = [
+        title
+        for outcome in results.outcomes
+        if outcome.status in LOST and outcome.job.scenario and outcome.job.scenario.name == scenario
+        if (title := row_title(outcome.job)) and not results.select(scenario, title)
+    ]
+    return list(dict.fromkeys(here))
+
+
+def _failures(results: Results) -> list[dict[str, Any]]:
+    found = []
+    for outcome in results.outcomes:
+        if outcome.status not in LOST:
             continue
-        cells.append(
-            {
-                "mean": number(cell.mean, name),
-                "std": None if cell.std is None else number(cell.std, name, digits(cell.mean, name)),
-                "gap": None if cell.gap is None else signed(cell.gap, name),
-                "best": results.best(scenario, name) == method,
-                "suffix": "×" if definition(name).unit == "×" else "",
-            }
-        )
-    return cells
+        path = outcome.job.folder / ERROR
+        trace = without_places(path.read_text("utf-8")) if outcome.status == "failed" and path.is_file() else ""
+        found.append({"title": outcome.job.title, "message": outcome.message, "trace": trace, "status": outcome.status})
+    return sorted(found, key=lambda failure: failure["status"] == "blocked")
 
 
-def _bar(method: str, cell: Cell, metric: str, mark: int) -> Bar:
-    return Bar(method, cell.mean, cell.std, spread(cell, metric), mark)
-
-
-def _bar_panels(results: Results, scenario: str, marks: Mapping[str, int]) -> list[Panel]:
-    panels = []
-    for name in BARS:
-        rows = [
-            _bar(method, cell, name, marks[method])
-            for method in results.methods
-            if (cell := results.cell(scenario, method, name))
-        ]
-        if not rows:
-            continue
-        found = definition(name)
-        percent = found.unit == "%" and found.orientation == "reference"
-        line = next((row for row in rows if row.label == results.reference and percent), None)
-        title = f"{found.title}, {found.unit}" if found.unit else found.title
-        panels.append(Panel(title, bars(rows, title, 100 if percent else None, line)))
-    return panels
-
-
-def _histogram_panels(results: Results, scenario: str, marks: Mapping[str, int]) -> list[Panel]:
-    reference = results.confidences(scenario, results.reference or "")
-    original = results.confidences(scenario, results.original or "")
-    panels = []
-    for method in results.methods:
-        values = results.confidences(scenario, method)
-        if method in (results.original, results.reference) or not len(values):
-            continue
-        title = f"Confidence of {method} on the forget set"
-        panels.append(Panel(method, histogram(values, original, reference, marks[method], title), marks[method]))
-    return panels
+def without_places(text: str) -> str:
+    """A traceback without the parts of its paths that only say whose machine it was."""
+    for place, short in ((Path.cwd(), "."), (Path(__file__).resolve().parents[2], "…"), (Path.home(), "~")):
+        if len(place.parts) > 1:
+            text = text.replace(f"{place}/", f"{short}/")
+    return re.sub(r'(File ")[^"]*/(site-packages|lib/python3\.\d+)/', r"\1…/\2/", text)
 
 
 def _facts(results: Results) -> dict[str, str]:
-    study = results.study
-    ran = [outcome for outcome in results.outcomes if outcome.status in ("done", "kept")]
-    facts = {
-        "methods": str(len(results.methods)),
-        "seeds": str(len(study.seeds)),
-        "runs": f"{len(ran)} of {len(results.outcomes)}" if len(ran) < len(results.outcomes) else str(len(ran)),
-        "computing time": duration(sum(outcome.seconds for outcome in ran)),
-    }
-    if len(study.scenarios) > 1:
-        facts = {"requests": str(len(study.scenarios)), **facts}
-    return facts
+    ran = [outcome for outcome in results.outcomes if outcome.status not in LOST]
+    if not results.outcomes:
+        return {}
+    counts = {"scenario": len(results.titles), "method": len(results.methods), "seed": len(results.seeds)}
+    if counts["scenario"] == 1:
+        del counts["scenario"]
+    facts = {word if count == 1 else f"{word}s": str(count) for word, count in counts.items()}
+    facts["runs"] = f"{len(ran)} of {len(results.outcomes)}" if len(ran) < len(results.outcomes) else str(len(ran))
+    return {**facts, "computing time": duration(sum(outcome.seconds for outcome in ran))}
 
 
 def duration(seconds: float) -> str:
     """A time for people.
 
     Example:
-        >>> duration(42.4), duration(3725)
-        ('42 s', '1 h 2 min')
+        >>> duration(4.24), duration(42.4), duration(3725)
+        ('4.2 s', '42 s', '1 h 2 min')
     """
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _stages(results: Results) -> list[dict[str, Any]]:
-    stages = []
-    for stage in results.study.stages.values():
-        runs = []
-        for outcome in results.outcomes:
-            if outcome.job.stage is not stage:
-                continue
-            config = outcome.job.folder / "config.yaml"
-            title = outcome.job.title.removeprefix(f"{stage.name} · ")
-            runs.append(
-                {
-                    "title": title,
-                    "status": outcome.status,
-                    "seconds": duration(outcome.seconds),
-                    "command": outcome.job.command,
-                    "config": config.read_text("utf-8") if config.is_file() else "",
-                }
-            )
-        stages.append({"stage": stage, "runs": runs})
-    return stages
+    """What ran, by stage or row of the table: times, commands and configurations."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in results.outcomes:
+        groups.setdefault(_identifier(outcome), []).append(outcome)
+    stages: list[dict[str, Any]] = []
+    for identifier, outcomes in groups.items():
+        stage = outcomes[0].job.stage
+        seconds = [outcome.seconds for outcome in outcomes if outcome.status not in LOST]
+        stages.append(
+            {
+                "anchor": identifier,
+                "title": row_title(outcomes[0].job) or stage.name,
+                "name": stage.name if row_title(outcomes[0].job) else "",
+                "note": stage.note,
+                "count": f"{len(seconds)} of {len(outcomes)}" if len(seconds) < len(outcomes) else str(len(outcomes)),
+                "mean": duration(sum(seconds) / len(seconds)) if seconds else "–",
+                "longest": duration(max(seconds)) if seconds else "–",
+                "total": duration(sum(seconds)) if seconds else "–",
+                "share": sum(seconds),
+                "runs": [_run(outcome) for outcome in outcomes],
+            }
+        )
+    whole = max((stage["share"] for stage in stages), default=0.0) or 1.0
+    return [{**stage, "share": f"{100 * stage['share'] / whole:.1f}"} for stage in stages]
+
+
+def _run(outcome: Outcome) -> dict[str, str]:
+    config, best = (outcome.job.folder / name for name in ("config.yaml", "best.yaml"))
+    return {
+        "title": outcome.job.title.partition(" · ")[2] or outcome.job.title,
+        "status": outcome.status,
+        "seconds": duration(outcome.seconds),
+        "command": outcome.job.command,
+        "config": config.read_text("utf-8") if config.is_file() else "",
+        "best": best.read_text("utf-8") if best.is_file() else "",
+    }

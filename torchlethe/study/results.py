@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from torchlethe.functional.summary import AVERAGE_GAP_METRICS, average_gap
 from torchlethe.metrics.definitions import MetricDefinition, define_metric
-from torchlethe.study.plan import Job
-from torchlethe.study.runner import Outcome, read_json
-from torchlethe.study.spec import Scenario, Study
+from torchlethe.study.stage import Outcome
 
 SHOWN = (
     "forget_accuracy",
@@ -30,28 +27,48 @@ SHOWN = (
     "run_seconds",
     "speed_up",
 )
-DERIVED = ("average_gap", "run_seconds", "speed_up")
+DERIVED = ("average_gap", "run_seconds", "speed_up", "stage_seconds")
+OWN_DEFINITIONS = {
+    "stage_seconds": MetricDefinition(
+        "stage time", "Seconds of the whole stage, with its start, validation and evaluation.", "s", "lower"
+    )
+}
+# a reference's spread below this share of its values is rounding noise
+NO_SPREAD = 1e-9
+
+Better = Literal["reference", "higher", "lower"] | None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluated run.
+    """One evaluated model.
 
     Attributes:
         method: title of its row.
         scenario: name of its scenario.
         seed: its seed.
-        job: the job it came from.
         metrics: by name; the derived ones included.
+        arrays: the ``.npz`` file of its evaluation, which need not exist.
+        part: whose arrays of that file are its own: ``""``, or those of the ``original`` or the ``reference``.
         meta: what else the evaluation recorded.
     """
 
     method: str
     scenario: str
     seed: int
-    job: Job
     metrics: dict[str, float]
+    arrays: Path
+    part: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def confidence(self, samples: str) -> np.ndarray:
+        """(N,) confidences in the true label on a set of samples; empty when they were not recorded."""
+        key = f"confidence_{samples}_{self.part}".rstrip("_")
+        if self.arrays.is_file():
+            with np.load(self.arrays, allow_pickle=False) as arrays:
+                if key in arrays.files:
+                    return arrays[key].ravel()
+        return np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,12 @@ class Cell:
     Attributes:
         values: one per seed.
         gaps: value minus the reference's of the same seed; empty without a reference.
+        spread: standard deviation of the reference over its seeds; None without one, or where it is zero.
     """
 
     values: tuple[float, ...]
     gaps: tuple[float, ...] = ()
+    spread: float | None = None
 
     @property
     def mean(self) -> float:
@@ -81,258 +100,182 @@ class Cell:
         """Mean signed difference to the reference."""
         return statistics.fmean(self.gaps) if self.gaps else None
 
+    @property
+    def gap_in_spreads(self) -> float | None:
+        """Size of the gap in standard deviations of the reference over its seeds."""
+        return None if self.gap is None or not self.spread else abs(self.gap) / self.spread
+
 
 @dataclass(frozen=True)
 class Results:
-    """All runs of a study.
+    """All runs of a study, or of anything else that has rows and metrics.
 
     Attributes:
-        study: the study.
+        name: title of the report.
+        description: a paragraph below it.
+        seeds: the seeds that each method was to run with.
+        titles: of all scenarios, by name.
         runs: the evaluated runs, by scenario, method and seed.
         outcomes: what became of each job.
+        reference: title of the row that gaps are measured against.
+        original: title of the row of the model before unlearning.
+        chosen: the metrics to show, in order; empty for the usual ones.
+        source: text of the study file.
+        order: titles of all rows, in the study's order; that of the runs when empty.
     """
 
-    study: Study
+    name: str
+    description: str
+    seeds: tuple[int, ...]
+    titles: Mapping[str, str]
     runs: tuple[Run, ...]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Outcome, ...] = ()
+    reference: str | None = None
+    original: str | None = None
+    chosen: tuple[str, ...] = ()
+    source: str = ""
+    order: tuple[str, ...] = ()
+    _cells: dict[tuple[str, str, str], Cell | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
-    def reference(self) -> str | None:
-        """The title of the reference's row."""
-        stage = self.study.stages.get(self.study.reference or "")
-        return stage.method if stage else None
+    @cached_property
+    def _by_row(self) -> dict[tuple[str, str], list[Run]]:
+        found: dict[tuple[str, str], list[Run]] = {}
+        for run in self.runs:
+            found.setdefault((run.scenario, run.method), []).append(run)
+        return found
 
-    @property
-    def original(self) -> str | None:
-        """The title of the row of the model before unlearning."""
-        stage = self.study.stages.get(self.study.original or "")
-        return stage.method if stage else None
-
-    @property
+    @cached_property
     def methods(self) -> list[str]:
-        """The rows that have results: the original model, the reference, then the methods in the file's order."""
-        present = {run.method for run in self.runs}
+        """The rows that have results: the original model, the reference, then the methods in the study's order."""
         first = [title for title in (self.original, self.reference) if title]
-        return [title for title in dict.fromkeys([*first, *self.study.methods]) if title in present]
+        present = dict.fromkeys(run.method for run in self.runs)
+        return [title for title in dict.fromkeys([*first, *self.order, *present]) if title in present]
 
     @property
-    def scenarios(self) -> list[Scenario]:
-        """The scenarios that have results."""
+    def scenarios(self) -> list[str]:
+        """The names of the scenarios that have results."""
         present = {run.scenario for run in self.runs}
-        return [scenario for name, scenario in self.study.scenarios.items() if name in present]
+        return [name for name in self.titles if name in present]
+
+    @cached_property
+    def unlearning(self) -> bool:
+        """Whether anything was to be forgotten, so that a metric is good where it is close to the reference's."""
+        return any("forget_accuracy" in run.metrics for run in self.runs)
+
+    @property
+    def headed(self) -> bool:
+        """Whether scenarios have headings: there are several, or the only one has a title that somebody gave it."""
+        return len(self.titles) > 1 or any(title != name.replace("_", " ") for name, title in self.titles.items())
 
     def select(self, scenario: str, method: str) -> list[Run]:
         """The runs of one method in one scenario, by seed."""
-        return [run for run in self.runs if run.scenario == scenario and run.method == method]
+        return self._by_row.get((scenario, method), [])
 
     def metrics(self, scenario: str | None = None) -> list[str]:
-        """Every metric that was measured, the usual ones first."""
-        found = {name for run in self.runs if scenario in (None, run.scenario) for name in run.metrics}
-        first = [name for name in (*self.study.metrics, *SHOWN) if name in found]
-        return list(dict.fromkeys([*first, *sorted(found)]))
+        """Every metric that was measured: the chosen ones first, then the usual ones, then the others as they come."""
+        found = dict.fromkeys(name for run in self.runs if scenario in (None, run.scenario) for name in run.metrics)
+        usual = [name for name in SHOWN if name not in DERIVED or self.unlearning]
+        return [name for name in dict.fromkeys([*self.chosen, *usual, *found]) if name in found]
 
     def columns(self, scenario: str) -> list[str]:
         """The metrics of the main table of a scenario."""
-        return [name for name in self.metrics(scenario) if name in (self.study.metrics or SHOWN)]
+        names = self.metrics(scenario)
+        if self.chosen:
+            return [name for name in names if name in self.chosen]
+        if self.unlearning:
+            return [name for name in names if name in SHOWN]
+        main = [name for name in names if name != "stage_seconds" and not _secondary(name)]
+        return [*main, *(name for name in ("stage_seconds",) if name in names and "run_seconds" not in names)]
+
+    @property
+    def missing(self) -> list[str]:
+        """The chosen metrics that no run measured."""
+        found = self.metrics()
+        return [name for name in self.chosen if name not in found]
+
+    def definition(self, metric: str) -> MetricDefinition:
+        """What a metric means here; one that the catalogue lacks keeps its own name and has no definition.
+
+        Plain training logs accuracies as fractions, evaluations give percent: where no value exceeds 1, the former.
+        """
+        found = OWN_DEFINITIONS.get(metric) or define_metric(metric)
+        if found is None:
+            return MetricDefinition(metric, "", "", "reference")
+        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        if found.unit == "%" and not self.unlearning and values and max(values) <= 1:
+            return found._replace(definition=found.definition.replace("Percentage of", "Share of"), unit="")
+        return found
+
+    def better(self, metric: str) -> Better:
+        """What is good in a metric; None when nobody knows, as for one that the catalogue lacks."""
+        known = OWN_DEFINITIONS.get(metric) or define_metric(metric)
+        if known is not None and (self.unlearning or known.orientation != "reference"):
+            return known.orientation
+        if metric.endswith("accuracy"):
+            return "higher"
+        return "lower" if metric.endswith(("loss", "error")) else None
 
     def cell(self, scenario: str, method: str, metric: str) -> Cell | None:
         """One metric of one method over seeds; None when it was not measured."""
+        key = scenario, method, metric
+        if key not in self._cells:  # every table and plot asks for them
+            self._cells[key] = self._make_cell(*key)
+        return self._cells[key]
+
+    def _make_cell(self, scenario: str, method: str, metric: str) -> Cell | None:
         runs = [run for run in self.select(scenario, method) if metric in run.metrics]
         if not runs:
             return None
-        reference = {run.seed: run.metrics for run in self.select(scenario, self.reference or "")}
-        pairs = [(run.metrics[metric], reference.get(run.seed, {}).get(metric)) for run in runs]
-        gaps = [value - other for value, other in pairs if other is not None]
-        comparable = metric not in DERIVED and definition(metric).orientation == "reference"
-        own = method == self.reference
-        return Cell(tuple(value for value, _ in pairs), tuple(gaps) if comparable and not own else ())
+        values = tuple(run.metrics[metric] for run in runs)
+        comparable = metric not in DERIVED and (not self.unlearning or self.better(metric) in ("reference", None))
+        if not comparable or method == self.reference:
+            return Cell(values)
+        others = {
+            run.seed: run.metrics[metric]
+            for run in self.select(scenario, self.reference or "")
+            if metric in run.metrics
+        }
+        gaps = tuple(run.metrics[metric] - others[run.seed] for run in runs if run.seed in others)
+        spread = statistics.stdev(others.values()) if len(others) > 1 else 0.0
+        level = max((abs(value) for value in others.values()), default=0.0)
+        return Cell(values, gaps, spread if spread > NO_SPREAD * max(level, 1.0) else None)
 
     def best(self, scenario: str, metric: str) -> str | None:
-        """The method that does best by a metric, out of at least two; original and reference do not compete."""
-        cells = {
-            method: cell
-            for method in self.methods
-            if method not in (self.original, self.reference) and (cell := self.cell(scenario, method, metric))
-        }
-        if len(cells) < 2:
+        """The method that does best by a metric, out of at least two.
+
+        Original and reference do not compete in unlearning, where one is the start and the other the goal.
+        """
+        aside = (self.original, self.reference) if self.unlearning else ()
+        competing = [method for method in self.methods if method not in aside]
+        cells = {method: cell for method in competing if (cell := self.cell(scenario, method, metric))}
+        better = self.better(metric)
+        if len(cells) < 2 or better is None:
             return None
-        orientation = definition(metric).orientation
 
         def badness(method: str) -> float:
             cell = cells[method]
-            if orientation == "reference":
+            if better == "reference":
                 return abs(cell.gap) if cell.gap is not None else math.inf
-            return cell.mean if orientation == "lower" else -cell.mean
+            return cell.mean if better == "lower" else -cell.mean
 
         ranked = sorted(cells, key=badness)
         return ranked[0] if badness(ranked[0]) < badness(ranked[1]) else None
 
-    def confidences(self, scenario: str, method: str, part: str = "forget") -> np.ndarray:
+    def confidences(self, scenario: str, method: str, samples: str = "forget") -> np.ndarray:
         """Confidences in the true label after the run, the samples of all seeds together.
 
         Args:
             scenario: its name.
             method: title of the row.
-            part: the set of samples.
+            samples: the set of samples.
 
         Returns:
             ``(N,)`` values in [0, 1]; empty when nothing was recorded.
         """
-        found = []
-        for run in self.select(scenario, method):
-            path = run.job.folder / "evaluation.npz"
-            if path.is_file():
-                with np.load(path, allow_pickle=False) as arrays:
-                    key = f"confidence_{part}"
-                    if key in arrays.files:
-                        found.append(arrays[key].ravel())
+        found = [run.confidence(samples) for run in self.select(scenario, method)]
         return np.concatenate(found) if found else np.empty(0)
 
 
-def definition(metric: str) -> MetricDefinition:
-    """The definition of a metric; one without further knowledge for a foreign name."""
-    return define_metric(metric) or MetricDefinition(metric.replace("_", " "), "", "", "reference")
-
-
-def collect(study: Study, outcomes: Iterable[Outcome]) -> Results:
-    """Read the evaluations of all finished jobs.
-
-    Args:
-        study: the study.
-        outcomes: of :func:`~torchlethe.study.runner.run_jobs`.
-    """
-    outcomes = tuple(outcomes)
-    runs: list[Run] = []
-    for outcome in outcomes:
-        job = outcome.job
-        if not job.stage.method or job.scenario is None or job.seed is None or outcome.status not in ("done", "kept"):
-            continue
-        evaluation = read_json(job.folder / "evaluation.json")
-        meta = evaluation.pop("meta", {})
-        metrics = {name: float(value) for name, value in evaluation.items() if isinstance(value, int | float)}
-        # what the evaluation says about the other models is in their own rows
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(("original_", "reference_"))}
-        runs.append(Run(job.stage.method, job.scenario.name, job.seed, job, metrics, meta))
-    reference = {(run.scenario, run.seed): run.metrics for run in runs if run.job.stage.name == study.reference}
-    for run in runs:
-        other = reference.get((run.scenario, run.seed))
-        if other is None:
-            continue
-        compared = all(name in run.metrics and name in other for name in AVERAGE_GAP_METRICS)
-        if compared and "average_gap" not in run.metrics and other is not run.metrics:
-            run.metrics["average_gap"] = average_gap(run.metrics, other)
-        if run.metrics.get("run_seconds") and "run_seconds" in other:
-            run.metrics["speed_up"] = other["run_seconds"] / run.metrics["run_seconds"]
-    order = list(study.methods)
-    runs.sort(key=lambda run: (list(study.scenarios).index(run.scenario), order.index(run.method), run.seed))
-    return Results(study, tuple(runs), outcomes)
-
-
-def digits(value: float, metric: str) -> int:
-    """How many decimals a number of this size deserves."""
-    unit = definition(metric).unit
-    if unit in ("%", "×"):
-        return 1
-    if unit == "s":
-        return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-
-
-def number(value: float, metric: str, decimals: int | None = None) -> str:
-    """A number with as many decimals as its metric deserves, with a true minus sign.
-
-    Args:
-        value: the number.
-        metric: its metric.
-        decimals: how many decimals to show instead.
-
-    Example:
-        >>> number(97.1234, "forget_accuracy"), number(0.4567, "kl_to_reference"), number(-0.01, "test_accuracy")
-        ('97.1', '0.457', '0.0')
-    """
-    text = f"{value:.{digits(value, metric) if decimals is None else decimals}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def spread(cell: Cell, metric: str) -> str:
-    """Mean and standard deviation as text."""
-    mean = number(cell.mean, metric)
-    return mean if cell.std is None else f"{mean} ± {number(cell.std, metric, digits(cell.mean, metric))}"
-
-
-def signed(value: float, metric: str) -> str:
-    """A difference with its sign."""
-    text = number(value, metric)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
-
-
-def markdown(results: Results) -> str:
-    """The table of every scenario in Markdown: mean ± standard deviation over seeds, difference to the reference."""
-    lines = [f"# {results.study.name}", ""]
-    if results.study.description:
-        lines += [results.study.description, ""]
-    for scenario in results.scenarios:
-        columns = results.columns(scenario.name)
-        if len(results.study.scenarios) > 1:
-            lines += [f"## {scenario.title}", ""]
-        lines.append(_row(["method", *(heading(name) for name in columns)]))
-        lines.append(_row(["---", *("---:" for _ in columns)]))
-        for method in results.methods:
-            cells = []
-            for name in columns:
-                cell = results.cell(scenario.name, method, name)
-                text = spread(cell, name) if cell else "–"
-                if cell and cell.gap is not None:
-                    text += f" ({signed(cell.gap, name)})"
-                cells.append(f"**{text}**" if results.best(scenario.name, name) == method else text)
-            lines.append(_row([method, *cells]))
-        lines.append("")
-    lines += [caption(results), ""]
-    return "\n".join(lines)
-
-
-def heading(metric: str) -> str:
-    """A column's head with its unit."""
-    found = definition(metric)
-    return f"{found.title} / {found.unit}" if found.unit and found.unit != "×" else found.title
-
-
-def caption(results: Results, place: str = "in parentheses") -> str:
-    """What the numbers of the table are, in words.
-
-    Args:
-        results: the results.
-        place: where the table shows the difference to the reference.
-    """
-    seeds = len(results.study.seeds)
-    text = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
-    if results.reference:
-        text += f"; {place} the difference to {results.reference}"
-    if any(results.best(s.name, m) for s in results.scenarios for m in results.columns(s.name)):
-        closest = f"closest to {results.reference}, or " if results.reference else ""
-        text += f"; the best method of each column is bold ({closest}lowest or highest)"
-    return text + "."
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table_csv(results: Results) -> str:
-    """Every metric in a tidy table: one line per scenario, method and metric, one column per seed."""
-    seeds = results.study.seeds
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    seed_names = [f"seed_{seed}" for seed in seeds]
-    writer.writerow(["scenario", "method", "metric", "unit", "mean", "std", "runs", "gap_to_reference", *seed_names])
-    for scenario in results.scenarios:
-        for method in results.methods:
-            by_seed = {run.seed: run.metrics for run in results.select(scenario.name, method)}
-            for name in results.metrics(scenario.name):
-                if (cell := results.cell(scenario.name, method, name)) is None:
-                    continue
-                values = [by_seed.get(seed, {}).get(name, "") for seed in seeds]
-                std, gap = ("" if value is None else value for value in (cell.std, cell.gap))
-                unit = definition(name).unit
-                writer.writerow([scenario.name, method, name, unit, cell.mean, std, len(cell.values), gap, *values])
-    return text.getvalue()
+def _secondary(name: str) -> bool:
+    """Whether a logged value says how training went, not how good the result is."""
+    return name.startswith(("train_", "lr-")) or name.endswith("_step") or name in ("epoch", "step")
