@@ -88,7 +88,8 @@ def batch_gradients(
             total = loss(_float(network(batch["image"])), batch["label"]).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
             found32 = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
-            yield all_reduce_sum_many(found32), all_reduce_sum((batch["label"] != PADDING_LABEL).sum())
+            result = all_reduce_sum_many(found32), all_reduce_sum((batch["label"] != PADDING_LABEL).sum())
+        yield result
 
 
 def mean_gradient(network: nn.Module, batches: Iterable[Any]) -> tuple[list[Tensor], int]:
