@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 import tempfile
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -21,6 +19,7 @@ from torchlethe._cli.errors import UsageError
 from torchlethe._cli.lightning import LetheCLI, _target
 from torchlethe.callbacks import UnlearningEvaluation
 from torchlethe.callbacks.evaluation_passes import collect_outputs
+from torchlethe.components.originals import randomised_copy
 from torchlethe.data import ForgetRequest
 from torchlethe.datamodules import UnlearningDataModule
 from torchlethe.functional.divergence import zero_retrain_forgetting
@@ -57,7 +56,8 @@ class BesideUntrained(Callback):
         metrics: ``zrf`` by prefix, after the test; on rank 0.
 
     Note:
-        The untrained network is the module's with all layers that know how to reset themselves drawn again from seed 0.
+        The untrained network is the module's, initialised anew from seed 0 by
+        :func:`~torchlethe.components.originals.randomised_copy`.
     """
 
     def __init__(self, weights: dict[str, Path]) -> None:
@@ -85,14 +85,8 @@ class BesideUntrained(Callback):
 
 def untrained(network: nn.Module) -> dict[str, Tensor]:
     """The state of a copy of the network with new random weights, the same at every call; on the CPU, without ties."""
-    fresh = copy.deepcopy(network).cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        for module in fresh.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return {name: value.detach().clone() for name, value in fresh.state_dict().items()}
+    fresh = randomised_copy(network)
+    return {name: value.detach().cpu().clone() for name, value in fresh.state_dict().items()}
 
 
 class JudgeCLI(LetheCLI):

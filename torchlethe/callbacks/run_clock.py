@@ -71,3 +71,27 @@ class RunClock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.clock.load(state_dict["seconds"])
+
+
+class RunEvaluation(RunClock):
+    """A clock that evaluates when it has stopped: the base of the callbacks that judge a run at its end.
+
+    Attributes:
+        stages: when to evaluate, out of ``fit`` and ``test``.
+    """
+
+    stages: tuple[str, ...] = ("fit", "test")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock and evaluate."""
+        super().on_train_end(trainer, pl_module)
+        if "fit" in self.stages:
+            self._evaluate(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate."""
+        if "test" in self.stages:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise NotImplementedError

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from torchlethe.callbacks.evaluation_record import describe_run, publish
-from torchlethe.callbacks.run_clock import RunClock
+from torchlethe.callbacks.run_clock import RunEvaluation
 from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.callbacks.sharpness_data import (
     Source,
@@ -41,7 +41,7 @@ SETS: tuple[Literal["train", "test"], ...] = ("train", "test")
 STAGES: tuple[Literal["fit", "test"], ...] = ("fit", "test")
 
 
-class SharpnessEvaluation(RunClock):
+class SharpnessEvaluation(RunEvaluation):
     """Measure sharpness and accuracy at the end of a fit or test, for any LightningModule that gives logits.
 
     The sharpness metrics are those of the mean loss over a fixed subset of the training data, in eval mode and in full
@@ -164,17 +164,6 @@ class SharpnessEvaluation(RunClock):
                 self._check_logits(pl_module, share[0][0])
             if share and self.metrics:
                 hessian_top_eigenvalues(pl_module, share, loss=self.loss, max_sweeps=2)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock and evaluate."""
-        super().on_train_end(trainer, pl_module)
-        if "fit" in self.stages:
-            self._evaluate(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate."""
-        if "test" in self.stages:
-            self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started, folder = time.perf_counter(), run_folder(trainer)  # the folder on every rank

@@ -20,7 +20,7 @@ from torchlethe.callbacks.evaluation_record import (
     usable_metrics,
     write_evaluation,
 )
-from torchlethe.callbacks.run_clock import RunClock
+from torchlethe.callbacks.run_clock import RunEvaluation
 from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.functional.summary import TUG_OF_WAR_METRICS, average_gap, speed_up, tug_of_war
 from torchlethe.metrics.evaluation import (
@@ -37,7 +37,7 @@ OutputSets = Mapping[str, Mapping[str, Outputs]]
 STAGES = ("fit", "test")
 
 
-class UnlearningEvaluation(RunClock):
+class UnlearningEvaluation(RunEvaluation):
     """Evaluate unlearning at the end of a fit or test, for any LightningModule whose ``forward(image)`` gives logits.
 
     Each evaluation set passes through the model once, in eval mode without gradients; all numbers come from these
@@ -170,17 +170,6 @@ class UnlearningEvaluation(RunClock):
         """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
         self._before = state_dict["before"]
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock and evaluate."""
-        super().on_train_end(trainer, pl_module)
-        if "fit" in self.stages:
-            self._evaluate(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate."""
-        if "test" in self.stages:
-            self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
