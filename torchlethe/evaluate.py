@@ -21,7 +21,7 @@ from torchlethe._cli.catalog import find_config
 from torchlethe._cli.errors import UsageError, close_match
 from torchlethe._cli.parser import Parser
 from torchlethe._cli.paths import check_output
-from torchlethe.files import atomic_write, file_hash
+from torchlethe.files import atomic_write, file_hash, to_json
 
 USAGE = "lethe evaluate WEIGHTS [--reference WEIGHTS] [--original WEIGHTS] --network … --data … --forget … [options]"
 EPILOG = """\
@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help="attacks: all, headline (the two usual ones), or names with commas between them",
     )
+    parser.add_argument(
+        "--relearning",
+        action="store_true",
+        help="also fine-tune copies on the forget set until they know it again (needs --original)",
+    )
     parser.add_argument("--report", action="store_true", help="also write tables, figures and report.html")
     return parser
 
@@ -87,6 +92,8 @@ def evaluate(words: Sequence[str]) -> int:
         if (path := getattr(options, name)) is not None
     }
     output = Path(options.output or f"{weights.name.split('.')[0]}_evaluation")
+    if options.relearning and options.original is None:
+        raise UsageError("--relearning is measured against the original's forget accuracy: give --original")
     rest = _lightning_words(rest)
     membership = _membership(options.membership)
     check_output("--output", output)
@@ -96,6 +103,7 @@ def evaluate(words: Sequence[str]) -> int:
     from torchlethe._cli.lightning import run
     from torchlethe.callbacks import UnlearningEvaluation
     from torchlethe.metrics.evaluation import DIVERGENCES
+    from torchlethe.metrics.relearning import RelearningSettings
 
     measure = UnlearningEvaluation(
         reference=others.get("reference_"),
@@ -104,6 +112,7 @@ def evaluate(words: Sequence[str]) -> int:
         divergences=DIVERGENCES,
         stages=["test"],
         table=False,
+        relearning=RelearningSettings() if options.relearning else None,
     )
     beside = BesideUntrained(others)
     line = [
@@ -117,10 +126,11 @@ def evaluate(words: Sequence[str]) -> int:
     cli = run("test", line, lambda _, resolved: JudgeCLI(resolved, measure, beside))
     if not cli.trainer.is_global_zero:
         return 0
-    metrics, meta = _complete(output / "evaluation.json", beside.metrics, weights)
+    metrics, content = _complete(output / "evaluation.json", beside.metrics, weights)
+    meta = content["meta"]
     written = [output / "evaluation.json", output / "evaluation.npz"]
     if options.report:
-        written.append(_report(metrics, meta, weights, output, shlex.join(["lethe", "evaluate", *words])))
+        written.append(_report(metrics, content, weights, output, shlex.join(["lethe", "evaluate", *words])))
     _show(metrics, weights, meta)  # last, as nobody may be there any more to read it
     sys.stdout.write("".join(f"{'files' if position == 0 else '':<7}{path}\n" for position, path in enumerate(written)))
     return 0
@@ -205,17 +215,22 @@ def _refuse_other_weights(output: Path, weights: Path) -> None:
 
 
 def _complete(path: Path, more: Mapping[str, float], weights: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Add what the callback does not know: ZRF, unlearning accuracy, and which weights were judged."""
+    """Add what the callback does not know: ZRF, unlearning accuracy, and which weights were judged.
+
+    Returns:
+        The numbers, NaN where the file has ``null``, and everything that is in the file.
+    """
     content = json.loads(path.read_text("utf-8"))
-    meta = content.pop("meta")
-    meta["weights"] = {"path": str(weights), "sha256": file_hash(weights)}
+    content["meta"]["weights"] = {"path": str(weights), "sha256": file_hash(weights)}
+    beside = {name: content.pop(name) for name in [*content] if isinstance(content[name], dict | list)}
     for prefix in ROW_TITLES:
         if content.get(f"{prefix}forget_accuracy") is not None:
             content[f"{prefix}unlearning_accuracy"] = 100.0 - content[f"{prefix}forget_accuracy"]
     content |= {name: value if math.isfinite(value) else None for name, value in more.items()}
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**content, "meta": meta}, indent=2, allow_nan=False) + "\n", "utf-8")
-    return {name: math.nan if value is None else float(value) for name, value in content.items()}, meta
+        temporary.write_text(to_json({**content, **beside}), "utf-8")
+    metrics = {name: math.nan if value is None else float(value) for name, value in content.items()}
+    return metrics, {**content, **beside}
 
 
 def _show(metrics: Mapping[str, float], weights: Path, meta: Mapping[str, Any]) -> None:
@@ -258,9 +273,11 @@ def _definitions(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {name: define_metric(name) or MetricDefinition(name, "", "", "reference") for name in own}
 
 
-def _report(metrics: Mapping[str, float], meta: Mapping[str, Any], weights: Path, output: Path, command: str) -> Path:
+def _report(
+    metrics: Mapping[str, float], content: Mapping[str, Any], weights: Path, output: Path, command: str
+) -> Path:
     """The report of a study with one method, one request and one seed."""
-    from torchlethe.study.collect import derive, plain_numbers
+    from torchlethe.study.collect import derive, per_class_of, plain_numbers
     from torchlethe.study.output import write_report
     from torchlethe.study.results import Results, Run
 
@@ -271,8 +288,10 @@ def _report(metrics: Mapping[str, float], meta: Mapping[str, Any], weights: Path
             own = {name: value for name, value in own.items() if name in _definitions(metrics)}
         if own:
             arrays = output / "evaluation.npz"
-            runs.append(Run(title or weights.name, "all", 0, plain_numbers(own), arrays, prefix.rstrip("_")))
-    counts = meta["counts"]
+            part = prefix.rstrip("_")
+            classes = per_class_of(content, part)
+            runs.append(Run(title or weights.name, "all", 0, plain_numbers(own), arrays, part, classes=classes))
+    counts = content["meta"]["counts"]
     description = (
         f"{counts['forget']} training samples were to be forgotten, {counts['remain']} remain; "
         f"{counts['test']} test samples."

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 STALE_SECONDS = 3600.0
 
@@ -95,3 +97,18 @@ def file_hash(path: str | Path) -> str:
     """The SHA-256 of a file's content, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """JSON for people: indented, each list of numbers on a line.
+
+    Example:
+        >>> print(to_json({"a": 1.5, "b": [1, None]}), end="")
+        {
+          "a": 1.5,
+          "b": [1, null]
+        }
+    """
+    text = json.dumps(content, indent=2, allow_nan=False)
+    numbers = re.compile(r"\[\s+((?:[-+\d.eE]+|null)(?:,\s+(?:[-+\d.eE]+|null))*)\s+\]")
+    return numbers.sub(lambda found: f"[{re.sub(chr(92) + 's+', ' ', found[1])}]", text) + "\n"

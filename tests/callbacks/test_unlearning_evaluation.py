@@ -16,7 +16,10 @@ from torchlethe.data import ForgetClasses
 from torchlethe.functional.uncertainty import accuracy, confidence
 from torchlethe.lightning_modules import Classifier
 from torchlethe.metrics.evaluation import Outputs, divergence_metrics, unlearning_metrics
+from torchlethe.metrics.relearning import RelearningSettings
 
+# more than the model knows, in few steps
+RELEARNING = RelearningSettings(margin=0.0, lr=0.3, batch_size=5, max_steps=4, samples=17)
 SIZES = {"forget": 23, "remain": 70, "test": 41}
 CLASSES = 4
 
@@ -444,16 +447,19 @@ class FullBatch(Somebodys):
 def test_two_ranks_equal_one(tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save(FullBatch().network.state_dict(), weights)
-    found = []
+    found = []  # of the forget set half arrives on each rank, and rank 0 relearns with all of it
     for kind, callback, settings in (
-        ("one", UnlearningEvaluation(weights, loaders=Loaders()), {}),
-        ("two", ShardedData(weights), {"devices": 2, "strategy": "ddp_fork"}),
+        ("one", UnlearningEvaluation(weights, loaders=Loaders(), relearning=RELEARNING), {}),
+        ("two", ShardedData(weights, relearning=RELEARNING), {"devices": 2, "strategy": "ddp_fork"}),
     ):
         trainer = quiet_trainer(default_root_dir=tmp_path / kind, callbacks=[callback], max_steps=1, **settings)
         trainer.fit(FullBatch(), train_loader())
         found.append(read(tmp_path / kind))
     (one, one_arrays), (two, two_arrays) = found
     assert two["meta"]["world_size"] == 2
+    assert two["meta"]["relearning"] == one["meta"]["relearning"]
+    for name in ("per_class", "layers"):
+        assert two.pop(name) == one.pop(name)
     for name in one.keys() - {"meta", "run_seconds"}:
         assert two[name] == pytest.approx(one[name], abs=1e-9), name
     assert one_arrays.keys() == two_arrays.keys()

@@ -44,16 +44,19 @@ def evaluate(text):
 
 def test_every_metric_of_a_state_dict(capsys):
     others = "--reference retrained.safetensors --original old.pth"
-    assert evaluate(f"unlearned.pt {others} {NETWORK} {DATA} {FORGET} --output all --report") == 0
+    assert evaluate(f"unlearned.pt {others} {NETWORK} {DATA} {FORGET} --output all --report --relearning") == 0
     shown = capsys.readouterr().out
     found = json.loads(Path("all/evaluation.json").read_text())
     meta = found.pop("meta")
     expected = {f"mia_{name}" for name in MEMBERSHIP} | {"mia_simple_indiscernibility", "unlearning_accuracy", "zrf"}
     expected |= {f"{name}_to_reference" if name in ("kl", "js") else name for name in DIVERGENCES}
     expected |= {f"{name}_accuracy" for name in ("forget", "remain", "test", "test_forget", "test_remain")}
-    expected |= {"average_gap", "tug_of_war"}
+    expected |= {"average_gap", "tug_of_war", "tug_of_war_mia", "confidence_correlation", "over_forgetting"}
+    expected |= {f"{x}_{name}" for x in ("agreement", "correctness_agreement") for name in ("forget", "remain", "test")}
+    expected |= {f"{x}_{name}" for x in ("class_drop", "worst_class_drop") for name in ("remain", "test")}
+    expected |= {"parameter_distance", "parameter_distance_relative", "relearning_steps", "relearning_ratio"}
     # no run was timed, digits has no validation set here, and sharpness is measured by a callback of its own
-    others = {"run_seconds", "speed_up", "validation_accuracy", "train_loss", "test_loss"}
+    others = {"run_seconds", "speed_up", "validation_accuracy", "validation_gap", "train_loss", "test_loss"}
     others |= {"hessian_trace", "hessian_top_eigenvalue", "m_sharpness"}
     assert METRIC_DEFINITIONS.keys() - expected == others
     assert expected <= found.keys()
@@ -70,6 +73,9 @@ def test_every_metric_of_a_state_dict(capsys):
     assert "Evaluation of unlearned.pt" in page
     assert "Confidence on the forget set: unlearned.pt" in page
     assert "--reference retrained.safetensors" in page
+    assert "What each class lost" in page
+    assert meta["relearning"]["settings"]["margin"] == 5
+    assert {len(values) for values in found["per_class"]["reference"].values()} == {10}
     assert {"table.tex", "figures", "config.yaml"} <= {path.name for path in Path("all").iterdir()}
 
 
@@ -111,6 +117,7 @@ def test_network_data_and_request_from_configurations():
             f"unlearned.pt {NETWORK} {DATA}",
             "is not divided: say what was to be forgotten with --forget",
         ),
+        (f"unlearned.pt {NETWORK} {DATA} {FORGET} --relearning", "give --original"),
         (f"unlearned.pt {NETWORK} {DATA} --forget 12", "classes contains 12, but must hold numbers from 0 to 9"),
         (f"unlearned.pt {NETWORK} {DATA} --forget Classes", "--forget: there is no class 'Classes'"),
         (f"unlearned.pt {NETWORK} {DATA} {FORGET} --membership entropy_svm", "did you mean 'entropy_svc'"),

@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 import torch
 
+from torchlethe.functional.uncertainty import sample_loss
 from torchlethe.metrics import (
     BadTeacherMembership,
     MembershipLogistic,
     MembershipSVC,
     MembershipThreshold,
     SimpleMembership,
+    simple_membership,
 )
 
 
@@ -55,6 +57,9 @@ def test_simple_attack_agrees_with_the_official_code(golden):
     found = feed(SimpleMembership(selection="first"), golden, roles=roles).compute()
     assert found["accuracy"].item() == pytest.approx(golden["simple_mia.mean"].item(), abs=1e-15)
     assert found["indiscernibility"].item() == pytest.approx(1 - abs(0.4375 - 0.5) / 0.5)
+    losses = [sample_loss(golden[f"logits_{name}"], golden[f"y_{name}"]) for name in ("forget", "test")]
+    scores = simple_membership(*losses, seed=123, selection="first")
+    assert list(scores) == pytest.approx(golden["simple_mia.scores"].tolist(), abs=1e-15)
 
 
 @pytest.mark.parametrize("feature", ["confidence", "entropy", "m_entropy", "correctness"])

@@ -113,13 +113,28 @@ def collect_outputs(
     """
     # an iterator over a DataLoader draws from the global generator; training must not notice
     with isolate_rng(), torch.no_grad(), eval_mode(pl_module), borrowed_weights(pl_module, weights, attribute):
-        prepare = plain_batch
-        if loaders is None:
-            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-            loaders, prepare = datamodule.evaluation_loaders(), getattr(datamodule, "prepare_batch", plain_batch)
-        check_complete(loaders)
-        chosen = {name: loader for name, loader in loaders.items() if names is None or name in names}
+        found, prepare = evaluation_sets(trainer, loaders)
+        check_complete(found)
+        chosen = {name: loader for name, loader in found.items() if names is None or name in names}
         return {name: _pass(trainer, pl_module, name, loader, prepare) for name, loader in chosen.items()}
+
+
+def evaluation_sets(
+    trainer: Trainer, loaders: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Any], Callable[..., Any]]:
+    """The loaders of the evaluation sets, and what prepares their batches.
+
+    Args:
+        trainer: the running Trainer.
+        loaders: those that the user gave; without them the datamodule's ``evaluation_loaders()``.
+
+    Returns:
+        Loaders by set name, and a function of a batch and a device that gives a dict with ``image`` and ``label``.
+    """
+    if loaders is not None:
+        return loaders, plain_batch
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule.evaluation_loaders(), getattr(datamodule, "prepare_batch", plain_batch)
 
 
 def plain_batch(batch: Any, device: torch.device) -> dict[str, Any]:
@@ -165,7 +180,7 @@ def _pass(trainer: Trainer, pl_module: LightningModule, name: str, loader: Any, 
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
     rank, world = trainer.global_rank, trainer.world_size
-    for raw, positions, repeated in own_batches(loader, rank, world, count=_count, limit=limit):
+    for raw, positions, repeated in own_batches(loader, rank, world, count=batch_count, limit=limit):
         batch = prepare(raw, pl_module.device)
         logits, label = _logits(trainer, pl_module, name, batch).cpu(), batch["label"].cpu()
         index = batch.get("index", positions).cpu()
@@ -197,5 +212,6 @@ def _logits(trainer: Trainer, pl_module: LightningModule, name: str, batch: dict
     return logits
 
 
-def _count(batch: Any) -> int:
+def batch_count(batch: Any) -> int:
+    """How many samples a batch holds, padding included."""
     return len(as_batch(batch)["label"])

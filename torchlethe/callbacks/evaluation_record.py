@@ -1,11 +1,10 @@
-"""What stays of an evaluation: the two files, their reading by a later run, the run's description and the table."""
+"""What stays of an evaluation: the two files, the run's description and the table."""
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,93 +13,73 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from torchlethe.files import to_json
 from torchlethe.io import atomic_write, file_hash
+from torchlethe.metrics.comparison import Answers
 from torchlethe.metrics.definitions import define_metric
 from torchlethe.metrics.evaluation import Outputs
 
 OTHERS = ("original", "reference")
 """The models whose metrics stand beside the run's own, and the prefixes of their names."""
 
+MOST_LOGITS = 1 << 22
+"""Larger forget sets keep their logits to themselves: 16 MiB in the file."""
+
 
 def write_evaluation(
     path: Path,
     metrics: Mapping[str, float],
+    lists: Mapping[str, Any],
     meta: Mapping[str, Any],
     outputs: Mapping[str, Outputs],
-    confidences: Mapping[str, Mapping[str, Tensor]],
+    answers: Mapping[str, Mapping[str, Answers]],
 ) -> None:
     """Write an evaluation as JSON and, beside it, its arrays as ``.npz``, both atomically.
 
     Args:
         path: the JSON file. It is written last: where it exists, the evaluation is complete.
-        metrics: by name; what is not finite becomes ``null``.
+        metrics: by name.
+        lists: what is no single number, plain values or nested lists of them by name. Here and in the metrics, what is
+            not finite becomes ``null``.
         meta: everything else about the run, plain values only.
-        outputs: the run's own outputs by set name, for ``index_<set>``.
-        confidences: (N,) confidences by model and set name, for ``confidence_<set>`` of the run (named ``""``) and
-            ``confidence_<set>_<model>`` of the others.
+        outputs: the run's own outputs by set name, for ``index_<set>``, ``label_<set>`` and ``logits_forget``.
+        answers: by model and set name, for ``confidence_<set>`` and ``prediction_<set>`` of the run (named ``""``) and
+            the same with ``_<model>`` of the others.
     """
     arrays = {f"index_{name}": found.index.numpy() for name, found in outputs.items()}
-    for title, sets in confidences.items():
-        arrays |= {f"confidence_{name}_{title}".rstrip("_"): values.cpu().numpy() for name, values in sets.items()}
+    forget = outputs["forget"].logits
+    arrays |= {f"label_{name}": smallest(found.labels, forget.shape[1]) for name, found in outputs.items()}
+    if forget.numel() <= MOST_LOGITS:
+        arrays["logits_forget"] = forget.float().numpy()
+    for title, sets in answers.items():
+        for name, found in sets.items():
+            suffix = f"{name}_{title}".rstrip("_")
+            arrays[f"confidence_{suffix}"] = found.confidence.cpu().numpy()
+            arrays[f"prediction_{suffix}"] = smallest(found.prediction, forget.shape[1])
     with atomic_write(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    content = finite_or_null({**metrics, **lists, "meta": meta})
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({**plain, "meta": meta}, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(to_json(content), "utf-8")
 
 
-def read_reference_evaluation(path: Path) -> dict[str, Any]:
-    """The evaluation that the reference's own run wrote.
-
-    Args:
-        path: the JSON file.
-
-    Returns:
-        Its content, empty where there is no such file.
-
-    Raises:
-        ValueError: the file is no JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"the reference's evaluation '{path}' is no JSON file, remove or repeat it.") from None
+def smallest(numbers: Tensor, count: int) -> np.ndarray:
+    """Numbers from 0 to count − 1 in the smallest unsigned type that holds them."""
+    return numbers.cpu().numpy().astype(np.min_scalar_type(max(count - 1, 0)))
 
 
-def usable_metrics(
-    found: Mapping[str, Any], split: str | None, settings: Mapping[str, Any], needed: Sequence[str]
-) -> dict[str, float]:
-    """Accuracies and attacks of another run's evaluation, where they can stand in for passes through its model.
-
-    Args:
-        found: the content of its JSON file, or empty.
-        split: hash of this run's split, ``None`` when unknown.
-        settings: what this run's numbers depend on, as in ``meta``.
-        needed: metrics without which the file is of no use.
-
-    Returns:
-        The other run's own metrics by name; empty unless split and settings are the same and all needed are there.
+def finite_or_null(value: Any) -> Any:
+    """Plain values, nested, with ``None`` in place of what JSON has no word for.
 
     Example:
-        >>> found = {"test_accuracy": 90.0, "meta": {"split_hash": "abc", "settings": {"seed": 0}}}
-        >>> usable_metrics(found, "abc", {"seed": 0}, ["test_accuracy"])
-        {'test_accuracy': 90.0}
-        >>> usable_metrics(found, "xyz", {"seed": 0}, ["test_accuracy"])
-        {}
+        >>> finite_or_null({"a": [1.0, float("nan")]})
+        {'a': [1.0, None]}
     """
-    meta = found.get("meta", {})
-    if split is None or meta.get("split_hash") != split or meta.get("settings") != settings:
-        return {}
-    metrics = {
-        name: float(value)
-        for name, value in found.items()
-        if isinstance(value, int | float)
-        and not name.startswith(tuple(f"{title}_" for title in OTHERS))
-        and (name.endswith("_accuracy") or name.startswith("mia_"))
-    }
-    return metrics if all(name in metrics for name in needed) else {}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(item) for name, item in value.items()}
+    return [finite_or_null(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def split_hash(trainer: Trainer) -> str | None:

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from torchlethe.callbacks.evaluation_passes import check_loaders, check_weights, collect_outputs
-from torchlethe.callbacks.evaluation_record import (
-    OTHERS,
-    describe_run,
-    publish,
+from torchlethe.callbacks.evaluation_record import OTHERS, describe_run, publish, split_hash, write_evaluation
+from torchlethe.callbacks.evaluation_reference import (
+    KnownReference,
+    known_reference,
+    known_relearning,
     read_reference_evaluation,
-    split_hash,
-    usable_metrics,
-    write_evaluation,
 )
+from torchlethe.callbacks.evaluation_summary import (
+    Summary,
+    answers_of,
+    compare,
+    layer_distances,
+    per_class,
+    summarise,
+    with_known,
+)
+from torchlethe.callbacks.relearning_passes import check_relearning, collect_samples, measure_relearning
 from torchlethe.callbacks.run_clock import RunEvaluation
 from torchlethe.callbacks.run_folder import run_folder
-from torchlethe.functional.summary import TUG_OF_WAR_METRICS, average_gap, speed_up, tug_of_war
+from torchlethe.functional.summary import TUG_OF_WAR_METRICS, speed_up
 from torchlethe.metrics.evaluation import (
     DIVERGENCES,
     HEADLINE_MEMBERSHIP,
     Outputs,
     check_membership,
     divergence_metrics,
-    unlearning_metrics,
 )
+from torchlethe.metrics.relearning import RelearningSettings
 from torchlethe.metrics.support_vectors import SVCMode
 
 OutputSets = Mapping[str, Mapping[str, Outputs]]
@@ -43,18 +53,21 @@ class UnlearningEvaluation(RunEvaluation):
     Each evaluation set passes through the model once, in eval mode without gradients; all numbers come from these
     logits, in float64 on the CPU. Written beside the run's other files, on rank 0 and atomically:
 
-    * ``evaluation.json``: metric name → number (``null`` where a diverged model gives none), and ``meta`` with the
-      split's hash, the sizes of the sets, the reference, settings, hardware, and ``seconds`` of ``prepare`` (from fit
-      start to the first epoch), ``fit`` (the loop) and ``evaluation``, the first two without validation. A test in a
-      process of its own knows neither times nor original weights;
-    * ``evaluation.npz``: ``confidence_<set>`` (float32, the true label's probability of each sample),
-      ``confidence_<set>_original`` and ``confidence_<set>_reference`` where known, and ``index_<set>`` (int64).
+    * ``evaluation.json``: metric name → number (``null`` where a diverged model gives none); ``per_class``, lists with
+      the accuracy of each class (own, ``original``, ``reference``) by set; ``layers``, the distance of each parameter
+      to the reference's; and ``meta`` with the split's hash, the sizes of the sets, the reference, settings, hardware,
+      and ``seconds`` of ``prepare`` (from fit start to the first epoch), ``fit`` (the loop) and ``evaluation``, the
+      first two without validation. A test in a process of its own knows neither times nor original weights;
+    * ``evaluation.npz``: ``confidence_<set>`` (float32, the true label's probability of each sample) and
+      ``prediction_<set>`` (the most probable class), the same with ``_original`` and ``_reference`` where known,
+      ``index_<set>`` (int64), ``label_<set>``, and ``logits_forget`` (float32, up to 16 MiB).
 
     The numbers also go to ``trainer.callback_metrics`` and the loggers. Accuracies and attacks are in percent;
     :data:`torchlethe.metrics.METRIC_DEFINITIONS` defines each. With a ``reference`` the metrics of Retrain appear as
-    ``reference_…``, with the average gap, the tug of war and, when the reference's own evaluation file lies beside its
-    weights, the speed-up. That file is also used instead of passes through the reference where it was made on the same
-    split with the same settings.
+    ``reference_…``, with the average gap, the tug of war, agreement sample by sample, over-forgetting class by class,
+    distances of outputs and weights and, when the reference's own evaluation file lies beside its weights, the
+    speed-up. That file is also used instead of passes through the reference where it was made on the same split with
+    the same settings.
 
     Args:
         reference: weights of the model retrained without the forget set, for :func:`torchlethe.io.load_weights` into a
@@ -76,6 +89,11 @@ class UnlearningEvaluation(RunEvaluation):
         svc_mode: ``auto`` merges scalar features on a grid (fast), ``exact`` does not.
         table: whether to show a table on rank 0 when the Trainer shows progress.
         attribute: the part of the module that takes the weights of ``reference`` and ``original``.
+        relearning: how to measure relearning time, ``{}`` for the defaults of
+            :class:`~torchlethe.metrics.RelearningSettings`; not measured without. A copy of the network is fine-tuned
+            on the forget set, in eval mode, until it is back within a margin of the original's forget accuracy, and so
+            is the reference, unless its own run measured that in the same way. Needs the original: the run of a
+            reference, which starts from random weights, must be given ``original``.
 
     Raises:
         ValueError: an argument is unknown; or, before training starts, no data are available, a weight file is
@@ -83,7 +101,8 @@ class UnlearningEvaluation(RunEvaluation):
 
     Note:
         Under DDP each rank evaluates its own share; the logits are gathered once, padding is dropped and the order is
-        that of the samples' index, so the numbers do not depend on the number of ranks. Randomness that training uses
+        that of the samples' index, so the numbers do not depend on the number of ranks. Relearning takes place on rank
+        0 with the samples of all ranks, while the others wait. Randomness that training uses
         is left untouched. The fit's evaluation runs when training has ended and the weights are still on their device
         (``on_train_end``). A ``fast_dev_run`` evaluates that many batches of each set and writes nothing.
 
@@ -107,6 +126,7 @@ class UnlearningEvaluation(RunEvaluation):
         svc_mode: SVCMode = "auto",
         table: bool = True,
         attribute: str = "network",
+        relearning: RelearningSettings | None = None,
     ) -> None:
         super().__init__()
         for argument, values, allowed in (("divergences", divergences, DIVERGENCES), ("stages", stages, STAGES)):
@@ -128,7 +148,8 @@ class UnlearningEvaluation(RunEvaluation):
         self.svc_mode: SVCMode = svc_mode
         self.table = table
         self.attribute = attribute
-        self._before: dict[str, Any] | None = None
+        self.relearning = RelearningSettings(**relearning) if isinstance(relearning, Mapping) else relearning
+        self._before: Summary | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be evaluated before training starts."""
@@ -147,6 +168,13 @@ class UnlearningEvaluation(RunEvaluation):
         for argument, path in (("reference", self.reference), ("original", self.original)):
             if path is not None:
                 check_weights(trainer, pl_module, argument, path, self.attribute)
+        if self.relearning is not None:
+            check_relearning(trainer, pl_module, self.attribute)
+            if self.original is None and (stage == "test" or not self.before):
+                raise ValueError(
+                    "relearning is measured against the original's forget accuracy: give original, the weights before "
+                    "unlearning" + ("." if stage == "test" else ", or set before=True.")
+                )
         own, other = split_hash(trainer), self._reference_evaluation().get("meta", {}).get("split_hash")
         if own and other and own != other:
             raise ValueError(
@@ -174,8 +202,7 @@ class UnlearningEvaluation(RunEvaluation):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
         retrain = self._reference_evaluation()
-        known = usable_metrics(retrain, split_hash(trainer), self._settings, self._gap_names)
-        known = trainer.strategy.broadcast(known, src=0)
+        known = trainer.strategy.broadcast(self._known(trainer, retrain), src=0)
         sets = {"": collect_outputs(trainer, pl_module, self.loaders)}
         folder = run_folder(trainer)  # on every rank
         for title, weights, names in (
@@ -186,10 +213,14 @@ class UnlearningEvaluation(RunEvaluation):
                 sets[title] = collect_outputs(
                     trainer, pl_module, self.loaders, names=names, weights=weights, attribute=self.attribute
                 )
+        samples = None
+        if self.relearning is not None:
+            index = sets[""]["forget"].index
+            samples = collect_samples(trainer, pl_module, self.loaders, index, self.relearning)
         result: dict[str, float] | Exception = {}
         if trainer.is_global_zero:
             try:
-                result = self._conclude(trainer, folder, sets, known, retrain.get("run_seconds"), started)
+                result = self._conclude(trainer, pl_module, folder, sets, known, retrain, samples, started)
             except (ValueError, OSError) as error:
                 result = error  # it must reach the ranks that wait for the numbers
         result = trainer.strategy.broadcast(result, src=0)
@@ -201,28 +232,48 @@ class UnlearningEvaluation(RunEvaluation):
     def _conclude(
         self,
         trainer: Trainer,
+        pl_module: LightningModule,
         folder: Path,
         sets: OutputSets,
-        known: dict[str, float],
-        retrain_seconds: float | None,
+        known: KnownReference | None,
+        retrain: Mapping[str, Any],
+        samples: tuple[Tensor, Tensor] | None,
         started: float,
     ) -> dict[str, float]:
         """The flat metrics of the run (named ``""``) and the other models, written, logged and shown."""
         summaries = {title: self._summarise(outputs) for title, outputs in sets.items()}
         if self._before:
             summaries.setdefault("original", self._before)
+        if known:
+            summaries["reference"] = with_known(summaries["reference"], known)
+        labels = {name: outputs.labels for name, outputs in sets[""].items()}
         metrics: dict[str, float] = dict(summaries[""]["metrics"])
+        lists: dict[str, Any] = {"per_class": per_class(summaries, labels, _class_names(trainer))}
         own_seconds = sum(self.clock.seconds.values())
         if own_seconds:
             metrics["run_seconds"] = own_seconds
         if self.reference:
-            retrained = summaries["reference"]["metrics"]
-            retrained |= known
             metrics |= divergence_metrics(sets[""]["forget"], sets["reference"]["forget"], self.divergences)
-            metrics["average_gap"] = average_gap(metrics, retrained, self._gap_names)
-            metrics["tug_of_war"] = tug_of_war(metrics, retrained)
-            if own_seconds and retrain_seconds:
-                metrics["speed_up"] = speed_up(own_seconds, retrain_seconds)
+            metrics |= compare(summaries[""], summaries["reference"], labels, self._gap_names)
+            distances, lists["layers"] = layer_distances(getattr(pl_module, self.attribute), self.reference)
+            metrics |= distances
+            if own_seconds and retrain.get("run_seconds"):
+                metrics["speed_up"] = speed_up(own_seconds, retrain["run_seconds"])
+        record: dict[str, Any] = {}
+        if self.relearning is not None and samples is not None:
+            levels = {title: answers_of(summary).get("forget") for title, summary in summaries.items()}
+            settings = asdict(self.relearning)
+            found, record = measure_relearning(
+                pl_module,
+                samples,
+                self.relearning,
+                levels,
+                labels["forget"],
+                reference=self.reference,
+                known=lambda target: known_relearning(retrain, split_hash(trainer), settings, target),
+                attribute=self.attribute,
+            )
+            metrics |= found
         for title in OTHERS:
             if title in summaries:
                 metrics |= {f"{title}_{name}": value for name, value in summaries[title]["metrics"].items()}
@@ -230,16 +281,20 @@ class UnlearningEvaluation(RunEvaluation):
             seconds = {**self.clock.seconds, "evaluation": time.perf_counter() - started}
             weights = {"reference": self.reference, "original": self.original}
             meta = describe_run(trainer, sets[""], weights, self._settings, seconds)
-            confidences = {title: summary["confidence"] for title, summary in summaries.items()}
-            write_evaluation(folder / self.filename, metrics, meta, sets[""], confidences)
+            meta |= {"relearning": record} if record else {}
+            answers = {title: answers_of(summary) for title, summary in summaries.items()}
+            write_evaluation(folder / self.filename, metrics, lists, meta, sets[""], answers)
             publish(trainer, metrics, self.table)
         return metrics
 
-    def _summarise(self, sets: Mapping[str, Outputs]) -> dict[str, Any]:
-        return {
-            "metrics": unlearning_metrics(sets, membership=self.membership, svc_mode=self.svc_mode, seed=self.seed),
-            "confidence": {name: outputs.confidence() for name, outputs in sets.items()},
-        }
+    def _summarise(self, sets: Mapping[str, Outputs]) -> Summary:
+        return summarise(sets, membership=self.membership, svc_mode=self.svc_mode, seed=self.seed)
+
+    def _known(self, trainer: Trainer, retrain: Mapping[str, Any]) -> KnownReference | None:
+        if self.reference is None:
+            return None
+        path = self.reference.parent / self.filename
+        return known_reference(path, retrain, split_hash(trainer), self._settings, self._gap_names)
 
     @property
     def _gap_names(self) -> tuple[str, ...]:
@@ -251,3 +306,9 @@ class UnlearningEvaluation(RunEvaluation):
 
     def _reference_evaluation(self) -> dict[str, Any]:
         return read_reference_evaluation(self.reference.parent / self.filename) if self.reference else {}
+
+
+def _class_names(trainer: Trainer) -> list[str] | None:
+    """The names of the classes, where the datamodule knows them."""
+    found = getattr(getattr(trainer, "datamodule", None), "classes", None)
+    return [str(name) for name in found] if isinstance(found, list | tuple) else None

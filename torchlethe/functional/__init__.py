@@ -1,5 +1,6 @@
 """The papers' maths as pure functions on tensors; nothing here imports more than torch."""
 
+from torchlethe.functional.agreement import correctness_agreement, prediction_agreement, score_correlation
 from torchlethe.functional.divergence import (
     activation_distance,
     completeness,
@@ -7,6 +8,7 @@ from torchlethe.functional.divergence import (
     js_to_reference,
     kl_to_reference,
     parameter_distance,
+    total_distance,
     wasserstein1,
     zero_retrain_forgetting,
 )
@@ -36,6 +38,8 @@ from torchlethe.functional.membership import (
     logistic_membership,
     threshold_membership,
 )
+from torchlethe.functional.over_forgetting import ClassDrops, class_accuracy, class_drops, class_hits, over_forgetting
+from torchlethe.functional.relearning import anamnesis_index, has_relearned, relearning_target
 from torchlethe.functional.sensitivity import (
     has_recovered,
     hinge_weights,
@@ -49,6 +53,7 @@ from torchlethe.functional.sensitivity import (
 from torchlethe.functional.summary import (
     AVERAGE_GAP_METRICS,
     TUG_OF_WAR_METRICS,
+    TUG_OF_WAR_MIA_METRICS,
     average_gap,
     metric_gaps,
     speed_up,
@@ -71,6 +76,8 @@ __all__ = [
     "AVERAGE_GAP_METRICS",
     "PADDING_LABEL",
     "TUG_OF_WAR_METRICS",
+    "TUG_OF_WAR_MIA_METRICS",
+    "ClassDrops",
     "Eigenvalues",
     "LogisticFit",
     "MeanLoss",
@@ -78,12 +85,17 @@ __all__ = [
     "accuracy",
     "activation_distance",
     "adaptive_forget_loss",
+    "anamnesis_index",
     "average_gap",
     "best_threshold",
+    "class_accuracy",
+    "class_drops",
+    "class_hits",
     "class_thresholds",
     "completeness",
     "confidence",
     "correctness",
+    "correctness_agreement",
     "drop_padding",
     "entropy",
     "fit_logistic",
@@ -91,6 +103,7 @@ __all__ = [
     "forget_schedule",
     "fraction",
     "has_recovered",
+    "has_relearned",
     "hessian_top_eigenvalues",
     "hessian_trace",
     "hinge_weights",
@@ -107,15 +120,20 @@ __all__ = [
     "metric_gaps",
     "modified_entropy",
     "modified_entropy_as_published",
+    "over_forgetting",
     "parameter_distance",
+    "prediction_agreement",
     "recovery_step",
     "relative_learning_rate",
+    "relearning_target",
     "saliency_ratio",
     "sample_loss",
+    "score_correlation",
     "sensitivity_gap",
     "speed_up",
     "threshold_membership",
     "top_eigenvalues",
+    "total_distance",
     "tug_of_war",
     "wasserstein1",
     "weight_entropy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,12 +29,16 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 
 
 def bad_teacher_loss(
-    student: Tensor, competent: Tensor, incompetent: Tensor, is_forget: Tensor, temperature: float = 1.0
+    student: Tensor,
+    competent: Tensor,
+    incompetent: Tensor,
+    is_forget: Tensor,
+    temperature: float = 1.0,
+    mean: Literal["elements", "samples"] = "elements",
 ) -> Tensor:
-    """Divergence from an incompetent teacher on forget samples and from a competent one on the others.
+    """Divergence from an incompetent teacher on forget samples and from a competent one on the others, without T².
 
-    The mean runs over samples *and* classes, without T², as in the official code: K times smaller than the usual
-    mean over samples. Source: Chundawat et al., AAAI 2023, https://arxiv.org/abs/2205.08096; code
+    Source: Chundawat et al., AAAI 2023, https://arxiv.org/abs/2205.08096; code
     https://github.com/vikram2000b/bad-teaching-unlearning.
 
     Args:
@@ -41,13 +47,16 @@ def bad_teacher_loss(
         incompetent: logits of a network that knows nothing, ``(B, K)``.
         is_forget: ``(B,)`` bool, or 0 and 1.
         temperature: T, all logits are divided by it.
+        mean: over samples *and* classes (``elements``), as in the official code; or over ``samples``, K times larger,
+            the usual divergence, which NatMU's code (https://github.com/ZhengbaoHe/NatMU) has in this method.
 
     Returns:
         A scalar.
     """
     chosen = torch.where(is_forget.bool().unsqueeze(1), incompetent, competent)
     logs, target = F.log_softmax(student / temperature, 1), F.softmax(chosen / temperature, 1)
-    return F.kl_div(logs, target, reduction="none").mean()
+    losses = F.kl_div(logs, target, reduction="none")
+    return losses.mean() if mean == "elements" else losses.sum(1).mean()
 
 
 def boundary_images(image: Tensor, gradient: Tensor, epsilon: float = 0.1) -> Tensor:

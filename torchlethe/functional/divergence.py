@@ -7,6 +7,7 @@ what it averages. Computed in the dtype of the logits; pass float64 for comparis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -225,6 +226,31 @@ def parameter_distance(
         norm = float(own.norm())
         distances[name] = (gap, gap / norm if norm else float("nan"))
     return distances
+
+
+def total_distance(parameters: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Distance ‖θ_u − θ_r‖₂ of all tensors of two models together, and the same divided by ‖θ_u‖₂.
+
+    Two networks that differ by their seed alone are far apart, so compare with the distance of another Retrain.
+
+    Args:
+        parameters: the judged model's tensors by name.
+        reference: the reference's, same names and shapes.
+
+    Returns:
+        The absolute and the relative distance; the relative one is NaN for a model of zeros.
+
+    Raises:
+        ValueError: the names or shapes differ.
+
+    Example:
+        >>> ours = {"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+        >>> total_distance(ours, {"w": torch.zeros(1), "b": torch.zeros(1)})
+        (5.0, 1.0)
+    """
+    gap = math.hypot(*(layer[0] for layer in parameter_distance(parameters, reference).values()))
+    norm = math.hypot(*(float(value.detach().double().norm()) for value in parameters.values()))
+    return gap, gap / norm if norm else math.nan
 
 
 def _log(p: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 AVERAGE_GAP_METRICS = ("forget_accuracy", "remain_accuracy", "test_accuracy", "mia_entropy_logistic")
 TUG_OF_WAR_METRICS = ("forget_accuracy", "remain_accuracy", "test_accuracy")
+TUG_OF_WAR_MIA_METRICS = ("mia_confidence_svc", "remain_accuracy", "test_accuracy")
 
 
 def metric_gaps(metrics: Mapping[str, float], reference: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
@@ -65,8 +66,7 @@ def tug_of_war(
 ) -> float:
     """Tug of war, ToW = Π (1 − |Δ| / 100) over forget, remaining and test accuracy.
 
-    ToW-MIA puts the SVC-confidence attack in place of the forget accuracy:
-    ``names=("mia_confidence_svc", "remain_accuracy", "test_accuracy")``.
+    ToW-MIA puts the SVC-confidence attack in place of the forget accuracy: ``names=TUG_OF_WAR_MIA_METRICS``.
 
     Args:
         metrics: the judged model's metrics in percent.

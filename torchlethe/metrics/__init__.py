@@ -1,6 +1,7 @@
 """Torchmetrics of unlearning and sharpness: thin shells over torchlethe.functional, correct under DDP and padding."""
 
 from torchlethe.metrics.accuracy import RoleAccuracy
+from torchlethe.metrics.agreement import ConfidenceCorrelation, CorrectnessAgreement, OverForgetting
 from torchlethe.metrics.definitions import METRIC_DEFINITIONS, MetricDefinition, define_metric
 from torchlethe.metrics.divergence import (
     ActivationDistance,
@@ -16,6 +17,7 @@ from torchlethe.metrics.membership import (
     MembershipThreshold,
     SimpleMembership,
 )
+from torchlethe.metrics.relearning import Relearning, RelearningSettings, relearn
 from torchlethe.metrics.sensitivity import InputSensitivity
 from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
@@ -27,6 +29,8 @@ __all__ = [
     "AverageGap",
     "BadTeacherMembership",
     "Completeness",
+    "ConfidenceCorrelation",
+    "CorrectnessAgreement",
     "DivergenceToReference",
     "HessianTopEigenvalue",
     "HessianTrace",
@@ -36,6 +40,9 @@ __all__ = [
     "MembershipSVC",
     "MembershipThreshold",
     "MetricDefinition",
+    "OverForgetting",
+    "Relearning",
+    "RelearningSettings",
     "RoleAccuracy",
     "RuntimeMeter",
     "SharpnessMetric",
@@ -44,6 +51,7 @@ __all__ = [
     "Wasserstein1",
     "ZeroRetrainForgetting",
     "define_metric",
+    "relearn",
     "simple_membership",
     "svc_membership",
 ]

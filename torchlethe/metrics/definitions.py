@@ -59,6 +59,20 @@ _ATTACKS = {
 }
 
 
+_SETS = {"forget": "the forget set", "remain": "the remaining training set", "test": "the test set"}
+
+
+def _drop(which: str, name: str) -> tuple[str, MetricDefinition]:
+    what = _SETS[name] if name == "remain" else "the test set without what was to be forgotten"
+    sentence = (
+        f"Mean over the classes that are to be kept of max(0, Retrain's accuracy − the model's) on {what}."
+        if which == "class_drop"
+        else f"The largest loss of accuracy against Retrain of a class that is to be kept, on {what}."
+    )
+    title = f"{'over-forgetting per class' if which == 'class_drop' else 'worst class drop'}, {name}"
+    return f"{which}_{name}", MetricDefinition(title, sentence, "%", "lower")
+
+
 def _accuracy(title: str, samples: str, orientation: Orientation) -> MetricDefinition:
     return MetricDefinition(title, f"Percentage of {samples} that are classified correctly.", "%", orientation)
 
@@ -89,6 +103,47 @@ METRIC_DEFINITIONS: dict[str, MetricDefinition] = {
     "mia_simple_indiscernibility": MetricDefinition(
         "indiscernibility", "100 where the simple attack guesses, 0 where it is always right.", "%", "higher"
     ),
+    **{
+        f"agreement_{name}": MetricDefinition(
+            f"agreement, {name}",
+            f"Percentage of {what} for which the model predicts the same class as Retrain.",
+            "%",
+            "higher",
+        )
+        for name, what in _SETS.items()
+    },
+    **{
+        f"correctness_agreement_{name}": MetricDefinition(
+            f"same correctness, {name}",
+            f"Percentage of {what} on which model and Retrain are both right or both wrong.",
+            "%",
+            "higher",
+        )
+        for name, what in _SETS.items()
+    },
+    "confidence_correlation": MetricDefinition(
+        "confidence correlation",
+        "Pearson's correlation over the forget set of the model's and Retrain's probabilities of the true label.",
+        "",
+        "higher",
+    ),
+    "over_forgetting": MetricDefinition(
+        "over-forgetting", "max(0, Retrain's forget accuracy − the model's): NatMU's OF.", "%", "lower"
+    ),
+    **dict(_drop(which, name) for which in ("class_drop", "worst_class_drop") for name in ("test", "remain")),
+    "relearning_steps": MetricDefinition(
+        "relearning time",
+        "Steps of SGD on forget samples until the forget accuracy is back within a margin (5 points unless said) of "
+        "the original model's; a model that is not back after the most steps allowed (200 unless said) has that many.",
+        "steps",
+        "reference",
+    ),
+    "relearning_ratio": MetricDefinition(
+        "anamnesis index",
+        "The relearning time divided by Retrain's: far below 1 the model still holds what it was to forget.",
+        "×",
+        "reference",
+    ),
     "kl_to_reference": MetricDefinition(
         "KL", "Mean over the forget set of KL(Retrain's prediction ‖ the model's prediction).", "nats", "lower"
     ),
@@ -107,17 +162,39 @@ METRIC_DEFINITIONS: dict[str, MetricDefinition] = {
     "wasserstein1_loss": MetricDefinition(
         "W1 loss", "Wasserstein-1 distance between both models' losses on the forget set.", "nats", "lower"
     ),
+    "parameter_distance": MetricDefinition(
+        "weight distance", "Euclidean distance of all parameters to Retrain's.", "", "lower"
+    ),
+    "parameter_distance_relative": MetricDefinition(
+        "weight distance, relative",
+        "Euclidean distance of all parameters to Retrain's, divided by their own norm.",
+        "",
+        "lower",
+    ),
     "zrf": MetricDefinition(
         "ZRF", "One minus the bad-teacher divergence to an untrained network on the forget set.", "", "reference"
     ),
     "average_gap": MetricDefinition(
         "avg. gap",
-        "Mean absolute difference to Retrain over forget, remain and test accuracy and the first membership metric.",
+        "Mean absolute difference to Retrain over forget, remain and test accuracy and the first membership metric, of "
+        "each seed.",
+        "%",
+        "lower",
+    ),
+    "validation_gap": MetricDefinition(
+        "val. gap",
+        "The average gap with held-out training samples in place of the test set, to choose settings by.",
         "%",
         "lower",
     ),
     "tug_of_war": MetricDefinition(
         "ToW", "Product of 1 − |difference to Retrain| / 100 over forget, remain and test accuracy.", "", "higher"
+    ),
+    "tug_of_war_mia": MetricDefinition(
+        "ToW-MIA",
+        "Product of 1 − |difference to Retrain| / 100 over the SVC-confidence attack, remain and test accuracy.",
+        "",
+        "higher",
     ),
     "test_loss": MetricDefinition("test loss", "Mean loss of the test samples.", "nats", "lower"),
     "train_loss": MetricDefinition(
@@ -161,6 +238,9 @@ def define_metric(name: str) -> MetricDefinition | None:
     if prefixed := re.fullmatch(r"(original|reference)_(.+)", name):
         found = define_metric(prefixed[2])
         return found and found._replace(title=f"{prefixed[1]}: {found.title}")
+    if (held_out := name.removeprefix("validation_")) != name and (found := METRIC_DEFINITIONS.get(held_out)):
+        words = f"{found.definition} With validation samples in place of the test set."
+        return found._replace(title=f"{found.title}, val.", definition=words)
     if named := re.fullmatch(r"(\w+)_accuracy", name):
         return _accuracy(f"{named[1].replace('_', ' ')} accuracy", f"the samples of the set {named[1]!r}", "reference")
     return None

@@ -112,6 +112,31 @@ def unlearning_metrics(
     return metrics
 
 
+def validation_attacks(
+    sets: Mapping[str, Outputs],
+    *,
+    membership: Sequence[str] = HEADLINE_MEMBERSHIP,
+    svc_mode: SVCMode = "auto",
+    seed: int = 0,
+) -> dict[str, float]:
+    """The first membership attack with validation samples as non-members, to choose settings without the test set.
+
+    Args:
+        sets: outputs by set name.
+        membership: attacks out of :data:`MEMBERSHIP`; the first one is run.
+        svc_mode: as for :func:`unlearning_metrics`.
+        seed: as for :func:`unlearning_metrics`.
+
+    Returns:
+        ``validation_mia_<attack>`` in percent; empty without a set ``validation`` or without attacks.
+    """
+    if not membership or any(role not in sets for role in ("forget", "remain", "validation")):
+        return {}
+    roles = {"forget": sets["forget"], "remain": sets["remain"], "test": sets["validation"]}
+    found = unlearning_metrics(roles, membership=membership[:1], svc_mode=svc_mode, seed=seed)
+    return {f"validation_{name}": value for name, value in found.items() if name.startswith("mia_")}
+
+
 def divergence_metrics(
     outputs: Outputs, reference: Outputs, divergences: Sequence[str] = ("kl", "js")
 ) -> dict[str, float]:

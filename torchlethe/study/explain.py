@@ -15,6 +15,8 @@ READING = {
     "Gap": "A method's value minus the reference's of the same seed and scenario, averaged over seeds.",
     "σ": "The reference's own sample standard deviation over its seeds: the size of the gap divided by it. About 1 σ "
     "is what another seed alone changes in the reference; from few seeds σ is a rough estimate.",
+    "×": "A distance to the reference divided by the mean distance between two seeds of the reference, which stands in "
+    "the reference's own row. Known where all seeds have the same split and their outputs were recorded.",
 }
 GOOD = {"reference": "best close to the reference", "higher": "higher is better", "lower": "lower is better"}
 

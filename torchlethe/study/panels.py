@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchlethe.study.figures import MARKS, Bar, Plot, bar_plot, histogram, save
 from torchlethe.study.files import read_json, write_json
+from torchlethe.study.heatmap import class_panels
 from torchlethe.study.pareto import Axis, Point, pareto_plot
 from torchlethe.study.results import Cell, Results
 from torchlethe.study.tables import spread, table_csv
@@ -58,7 +59,7 @@ def bar_panels(results: Results, scenario: str) -> list[Plot]:
         ]
         if not rows:
             continue
-        percent = unit == "%" and name != "average_gap"
+        percent = unit == "%" and results.better(name) != "lower"  # differences have no natural end
         compared = any((cell := results.cell(scenario, row.label, name)) and cell.gaps for row in rows)
         line = next((row for row in rows if row.label == results.reference and compared), None)
         panels.append(bar_plot(rows, sentence_case(plot_title(results, name)), 100 if percent else None, line))
@@ -130,15 +131,15 @@ def _axis(results: Results, name: str) -> Axis:
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Write every scenario's plots to files: bars, trade-offs and confidences, each as PNG and PDF.
+    """Write every scenario's plots to files: bars, trade-offs, confidences and classes, each as PNG and PDF.
 
     Args:
         results: the results.
         folder: made when there is something to write. Files that show the same results already are left as they are.
 
     Returns:
-        The files: ``bars``, ``pareto`` and ``confidence`` with the two suffixes, behind the scenario's name where there
-        are several.
+        The files: ``bars``, ``pareto``, ``confidence`` and ``classes`` with the two suffixes, behind the scenario's
+        name where there are several.
     """
     stamp, current = folder / ".made_of.json", _fingerprint(results)
     before = read_json(stamp)
@@ -153,8 +154,18 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 def _fingerprint(results: Results) -> str:
     """What the figures depend on: every number, the recorded confidences and the code that draws."""
     arrays = [run.arrays.stat() for run in results.runs if run.arrays.is_file()]
-    code = [Path(__file__).with_name(name).read_text("utf-8") for name in ("figures.py", "pareto.py", "panels.py")]
-    marks = [*code, table_csv(results), repr(results.chosen), *(f"{s.st_size} {s.st_mtime_ns}" for s in arrays)]
+    code = [
+        Path(__file__).with_name(name).read_text("utf-8")
+        for name in ("figures.py", "heatmap.py", "pareto.py", "panels.py")
+    ]
+    classes = repr([run.classes for run in results.runs])
+    marks = [
+        *code,
+        table_csv(results),
+        repr(results.chosen),
+        classes,
+        *(f"{s.st_size} {s.st_mtime_ns}" for s in arrays),
+    ]
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
@@ -166,10 +177,12 @@ def _write_scenario(results: Results, scenario: str, folder: Path) -> list[Path]
     lines = [f"dashed: {original}, before" if original else "", f"line: {reference}" if reference else ""]
     filled = "; ".join(text for text in (*lines, "filled: the method, after") if text)
     front = "Dashed: the methods that no other one beats on both axes."
+    change = f"Points of accuracy against {reference}: orange lost, blue gained; in parentheses: to be forgotten."
     kinds = {
         "bars": (bar_panels(results, scenario), dashed + spread_note, 3),
         "pareto": (pareto_panels(results, scenario), front, 2),
         "confidence": (histogram_panels(results, scenario), f"Share of the forget set; {filled}.", 3),
+        "classes": (class_panels(results, scenario), change, 2),
     }
     written = []
     for kind, (plots, note, columns) in kinds.items():

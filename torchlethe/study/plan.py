@@ -93,7 +93,9 @@ def plan_jobs(study: Study, output: str | Path | None = None) -> list[Job]:
     root = Path(output) if output is not None else study.output
     jobs: dict[tuple[str, str | None, int | None], Job] = {}
     for stage in study.stages.values():
-        scenarios = list(study.scenarios.values()) if "scenario" in stage.per else [None]
+        scenarios: list[Scenario | None] = [None]
+        if "scenario" in stage.per:
+            scenarios = [scenario for name, scenario in study.scenarios.items() if stage.runs_in(name)]
         for scenario in scenarios:
             for seed in study.seeds if "seed" in stage.per else [None]:
                 needed = {}

@@ -64,7 +64,7 @@ KEYS = (
 )
 AXES = ("scenario", "seed")
 COMMANDS = ("fit", "validate", "test", "predict")
-STAGE_KEYS = ("command", "method", "needs", "per", "config", "set", "grid", "search", "note")
+STAGE_KEYS = ("command", "method", "needs", "per", "scenarios", "config", "set", "grid", "search", "note")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -103,7 +103,7 @@ def load_study(path: str | Path) -> Study:
         name: reader.scenario(name, value, raw_stages)
         for name, value in reader.mapping(top.get("scenarios") or {"all": {}}, "scenarios", None).items()
     }
-    stages = {name: reader.stage(name, value, raw_stages) for name, value in raw_stages.items()}
+    stages = {name: reader.stage(name, value, raw_stages, scenarios) for name, value in raw_stages.items()}
     titles = [stage.method for stage in stages.values() if stage.method]
     for title in titles:
         if titles.count(title) > 1:
@@ -114,6 +114,8 @@ def load_study(path: str | Path) -> Study:
             raise UsageError(
                 f"{path}: '{key}' is {top[key]!r}, but must be a stage with a 'method'{suggest(str(top[key]), rows)}"
             )
+        if top.get(key) is not None and stages[top[key]].scenarios:
+            raise UsageError(f"{path}: 'stages.{top[key]}.scenarios' leaves some out, but '{key}' is needed in each")
     metrics = top.get("metrics") or ()
     place = path.resolve()
     default = (place.parent.name if path.stem == "study" else "") or path.stem
@@ -124,7 +126,7 @@ def load_study(path: str | Path) -> Study:
         output=Path(top.get("output") or Path("runs") / default),
         seeds=tuple(seeds),
         scenarios=scenarios,
-        stages=reader.ordered(stages),
+        stages=reader.ordered(stages, tuple(scenarios)),
         reference=top.get("reference"),
         original=top.get("original"),
         metrics=tuple(reader.strings(metrics, "metrics")),
@@ -192,7 +194,7 @@ class _Reader:
             layers[stage] = self.layer(self.mapping(settings or {}, inner, ("config", "set")), inner)
         return Scenario(name, str(value.get("title") or name.replace("_", " ")), self.layer(value, where), layers)
 
-    def stage(self, name: str, value: Any, stages: Mapping[str, Any]) -> Stage:
+    def stage(self, name: str, value: Any, stages: Mapping[str, Any], scenarios: Iterable[str]) -> Stage:
         """One entry of ``stages``."""
         where = f"stages.{name}"
         value = self.mapping(value or {}, where, STAGE_KEYS)
@@ -221,7 +223,21 @@ class _Reader:
             raise UsageError(f"{self.path}: '{where}.search' is {search!r}, expected keys with values")
         if search is not None:
             parse_search(search, f"{where}.search", str(self.path), command, method)
-        return Stage(name, command, method, tuple(needs), per, layer, note, grid, search, base=name)
+        only = self.only(value.get("scenarios"), f"{where}.scenarios", per, tuple(scenarios))
+        return Stage(name, command, method, tuple(needs), per, layer, note, grid, search, name, scenarios=only)
+
+    def only(self, value: Any, where: str, per: Sequence[str], scenarios: Sequence[str]) -> tuple[str, ...]:
+        """The scenarios that a stage is restricted to; none named, none left out."""
+        names = self.strings(value if value is not None else (), where)
+        if value is not None and ("scenario" not in per or not names):
+            rule = "such a stage runs per scenario, in at least one"
+            raise UsageError(f"{self.path}: '{where}' is {value!r}, but {rule}")
+        for name in names:
+            if name not in scenarios:
+                raise UsageError(
+                    f"{self.path}: '{where}' names '{name}', which is no scenario{suggest(name, scenarios)}"
+                )
+        return tuple(names)
 
     def grid(self, value: Any, where: str) -> dict[str, list[Any]]:
         """A list of values for each dotted key."""
@@ -236,7 +252,7 @@ class _Reader:
                 raise UsageError(f"{self.path}: '{where}.{key}' has a reference, which only 'set' may have")
         return value
 
-    def ordered(self, stages: dict[str, Stage]) -> dict[str, Stage]:
+    def ordered(self, stages: dict[str, Stage], scenarios: Iterable[str]) -> dict[str, Stage]:
         """Every stage after what it needs, otherwise in the file's order."""
         done: dict[str, Stage] = {}
         waiting = dict(stages)
@@ -251,6 +267,11 @@ class _Reader:
                     raise UsageError(
                         f"{self.path}: 'stages.{stage.name}' runs per {' and '.join(stage.per) or 'study'}, but needs "
                         f"'{need}', which also runs per {' and '.join(missing)}"
+                    )
+                if lacking := [name for name in stage.scenarios or scenarios if not done[need].runs_in(name)]:
+                    raise UsageError(
+                        f"{self.path}: 'stages.{stage.name}' runs in the scenario '{lacking[0]}', but needs '{need}', "
+                        "which does not"
                     )
         return done
 

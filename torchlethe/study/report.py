@@ -11,10 +11,21 @@ from torchlethe import __version__
 from torchlethe.study.collect import row_title
 from torchlethe.study.explain import READING
 from torchlethe.study.figures import Plot, inline
+from torchlethe.study.heatmap import class_panels
 from torchlethe.study.panels import bar_panels, histogram_panels, method_marks, pareto_panels, sentence_case
-from torchlethe.study.results import Results
+from torchlethe.study.results import Cell, Results
 from torchlethe.study.runner import ERROR, LOG, Outcome, now
-from torchlethe.study.tables import caption, gap_text, in_spreads, latex, number, signed, spread, std_text
+from torchlethe.study.tables import (
+    caption,
+    gap_text,
+    in_seed_distances,
+    in_spreads,
+    latex,
+    number,
+    signed,
+    spread,
+    std_text,
+)
 
 LOST = ("failed", "blocked")
 
@@ -100,6 +111,7 @@ def _section(results: Results, scenario: str) -> dict[str, Any]:
         ],
         "bars": _panels(bar_panels(results, scenario)),
         "pareto": _panels(pareto_panels(results, scenario)),
+        "classes": _panels(class_panels(results, scenario), "Change of each class: "),
         "histograms": _panels(histogram_panels(results, scenario), "Confidence on the forget set: "),
     }
 
@@ -147,10 +159,20 @@ def _cell(results: Results, scenario: str, method: str, metric: str) -> dict[str
         "std": std_text(cell, unit),
         "gap": None if cell.gap is None else signed(cell.gap, unit),
         "spreads": in_spreads(cell),
+        "times": in_seed_distances(cell),
+        "interval": _interval(cell, unit),
         "text": spread(cell, unit) + (f" ({gap})" if (gap := gap_text(cell, unit)) else ""),
         "best": results.best(scenario, metric) == method,
         "suffix": "×" if unit == "×" else "",
     }
+
+
+def _interval(cell: Cell, unit: str) -> str:
+    """The 95 % t-interval of the mean; empty for a single seed."""
+    if not cell.interval:
+        return ""
+    low, high = (number(cell.mean + sign * cell.interval, unit) for sign in (-1, 1))
+    return f"95 % t-interval of the mean: {low} to {high}"
 
 
 def _anchor(results: Results, method: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchlethe.functional.summary import AVERAGE_GAP_METRICS
 from torchlethe.metrics.definitions import MetricDefinition, define_metric
 from torchlethe.study.stage import Outcome
 
@@ -23,15 +24,31 @@ SHOWN = (
     "test_remain_accuracy",
     "mia_entropy_logistic",
     "average_gap",
+    "average_gap_in_sigma",
     "kl_to_reference",
+    "relearning_steps",
     "run_seconds",
     "speed_up",
 )
-DERIVED = ("average_gap", "run_seconds", "speed_up", "stage_seconds")
+SUMMARIES = ("average_gap_of_means", "average_gap_in_sigma")
+DERIVED = ("average_gap", *SUMMARIES, "run_seconds", "speed_up", "stage_seconds", "relearning_ratio")
 OWN_DEFINITIONS = {
     "stage_seconds": MetricDefinition(
         "stage time", "Seconds of the whole stage, with its start, validation and evaluation.", "s", "lower"
-    )
+    ),
+    "average_gap_of_means": MetricDefinition(
+        "avg. gap of means",
+        "The average gap between the means over seeds; never larger than the average gap, which is each seed's.",
+        "%",
+        "lower",
+    ),
+    "average_gap_in_sigma": MetricDefinition(
+        "avg. gap in σ",
+        "Mean of the sizes in σ of the four gaps of the average gap; σ is Retrain's standard deviation over its seeds, "
+        "but at least the weight of a single sample. Below about 1 is what other seeds alone change.",
+        "",
+        "lower",
+    ),
 }
 # a reference's spread below this share of its values is rounding noise
 NO_SPREAD = 1e-9
@@ -51,6 +68,7 @@ class Run:
         arrays: the ``.npz`` file of its evaluation, which need not exist.
         part: whose arrays of that file are its own: ``""``, or those of the ``original`` or the ``reference``.
         meta: what else the evaluation recorded.
+        classes: the accuracy of each class by set, see :func:`~torchlethe.study.collect.per_class_of`; may be empty.
     """
 
     method: str
@@ -60,6 +78,7 @@ class Run:
     arrays: Path
     part: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, Any] = field(default_factory=dict)
 
     def confidence(self, samples: str) -> np.ndarray:
         """(N,) confidences in the true label on a set of samples; empty when they were not recorded."""
@@ -79,11 +98,14 @@ class Cell:
         values: one per seed.
         gaps: value minus the reference's of the same seed; empty without a reference.
         spread: standard deviation of the reference over its seeds; None without one, or where it is zero.
+        seed_distance: for a distance to the reference, the mean distance of the reference's seeds to each other; None
+            where it is unknown or zero.
     """
 
     values: tuple[float, ...]
     gaps: tuple[float, ...] = ()
     spread: float | None = None
+    seed_distance: float | None = None
 
     @property
     def mean(self) -> float:
@@ -105,6 +127,19 @@ class Cell:
         """Size of the gap in standard deviations of the reference over its seeds."""
         return None if self.gap is None or not self.spread else abs(self.gap) / self.spread
 
+    @property
+    def in_seed_distances(self) -> float | None:
+        """A distance as a multiple of that between two seeds of the reference."""
+        return self.mean / self.seed_distance if self.seed_distance else None
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % t-interval of the mean over seeds; None for a single one."""
+        from scipy.stats import t  # only programs ask for it
+
+        count = len(self.values)
+        return None if self.std is None else float(t.ppf(0.975, count - 1)) * self.std / math.sqrt(count)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -122,6 +157,7 @@ class Results:
         chosen: the metrics to show, in order; empty for the usual ones.
         source: text of the study file.
         order: titles of all rows, in the study's order; that of the runs when empty.
+        between_seeds: the metrics that in the reference's row compare its seeds with each other.
     """
 
     name: str
@@ -135,6 +171,7 @@ class Results:
     chosen: tuple[str, ...] = ()
     source: str = ""
     order: tuple[str, ...] = ()
+    between_seeds: frozenset[str] = frozenset()
     _cells: dict[tuple[str, str, str], Cell | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -174,6 +211,10 @@ class Results:
     def metrics(self, scenario: str | None = None) -> list[str]:
         """Every metric that was measured: the chosen ones first, then the usual ones, then the others as they come."""
         found = dict.fromkeys(name for run in self.runs if scenario in (None, run.scenario) for name in run.metrics)
+        if "average_gap" in found and len(self.seeds) > 1:
+            here = self.scenarios if scenario is None else [scenario]
+            pairs = [(place, method) for place in here for method in self.methods]
+            found |= {name: None for name in SUMMARIES if any(self.cell(*pair, name) for pair in pairs)}
         usual = [name for name in SHOWN if name not in DERIVED or self.unlearning]
         return [name for name in dict.fromkeys([*self.chosen, *usual, *found]) if name in found]
 
@@ -223,13 +264,19 @@ class Results:
         return self._cells[key]
 
     def _make_cell(self, scenario: str, method: str, metric: str) -> Cell | None:
+        if metric in SUMMARIES:
+            return self._summary(scenario, method, metric)
         runs = [run for run in self.select(scenario, method) if metric in run.metrics]
         if not runs:
             return None
         values = tuple(run.metrics[metric] for run in runs)
         comparable = metric not in DERIVED and (not self.unlearning or self.better(metric) in ("reference", None))
-        if not comparable or method == self.reference:
+        if method == self.reference:
             return Cell(values)
+        if not comparable:
+            between = metric in self.between_seeds and self.better(metric) == "lower"
+            own = self.cell(scenario, self.reference or "", metric) if between else None
+            return Cell(values, seed_distance=own.mean if own and own.mean > 0 else None)
         others = {
             run.seed: run.metrics[metric]
             for run in self.select(scenario, self.reference or "")
@@ -239,6 +286,27 @@ class Results:
         spread = statistics.stdev(others.values()) if len(others) > 1 else 0.0
         level = max((abs(value) for value in others.values()), default=0.0)
         return Cell(values, gaps, spread if spread > NO_SPREAD * max(level, 1.0) else None)
+
+    def _summary(self, scenario: str, method: str, metric: str) -> Cell | None:
+        """A number that all seeds of a row give together."""
+        runs = self.select(scenario, method)
+        if not runs or method == self.reference or len(self.seeds) < 2:
+            return None
+        cells = {name: self.cell(scenario, method, name) for name in gap_names(runs[0].meta)}
+        sizes = []
+        for name, cell in cells.items():
+            if cell is None or cell.gap is None:
+                return None
+            if metric == "average_gap_of_means":
+                sizes.append(abs(cell.gap))
+                continue
+            counts = runs[0].meta.get("counts", {})
+            samples = counts.get(name.removesuffix("_accuracy"), counts.get("forget"))
+            unit = max(cell.spread or 0.0, 100.0 / samples if samples else 0.0)
+            if unit:
+                sizes.append(abs(cell.gap) / unit)
+        known = len(self.select(scenario, self.reference or "")) > 1
+        return Cell((statistics.fmean(sizes),)) if sizes and known else None
 
     def best(self, scenario: str, metric: str) -> str | None:
         """The method that does best by a metric, out of at least two.
@@ -274,6 +342,12 @@ class Results:
         """
         found = [run.confidence(samples) for run in self.select(scenario, method)]
         return np.concatenate(found) if found else np.empty(0)
+
+
+def gap_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics of a run's average gap: forget, remain and test accuracy, and the first attack of its settings."""
+    attacks = (meta.get("settings") or {}).get("membership") or ()
+    return (*AVERAGE_GAP_METRICS[:3], f"mia_{attacks[0]}") if attacks else AVERAGE_GAP_METRICS
 
 
 def _secondary(name: str) -> bool:

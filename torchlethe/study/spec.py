@@ -69,6 +69,7 @@ class Stage:
         search: what a search stage looks for, as it is in the file; None for other stages.
         base: the name in the file, as in references.
         point: the point of the grid in words, such as ``alpha=3``; empty without a grid.
+        scenarios: names of the scenarios that it runs in; empty for all.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Stage:
     search: Mapping[str, Any] | None = None
     base: str = ""
     point: str = ""
+    scenarios: tuple[str, ...] = ()
+
+    def runs_in(self, scenario: str) -> bool:
+        """Whether it runs in a scenario; a stage that does not run per scenario serves all of them."""
+        return "scenario" not in self.per or not self.scenarios or scenario in self.scenarios
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ LATEX = {
 
 def digits(value: float, unit: str = "") -> int:
     """How many decimals a number of this size deserves."""
-    if unit in ("%", "×"):
+    if unit in ("%", "×", "steps"):
         return 1
     if unit == "s":
         return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
@@ -71,7 +71,7 @@ def number(value: float, unit: str = "", decimals: int | None = None) -> str:
         >>> number(97.1234, "%"), number(0.4567, "nats"), number(-0.01, "%"), number(0.00123), number(2.5e-7)
         ('97.1', '0.457', '0.0', '0.00123', '2.5e−7')
     """
-    if decimals is None and unit not in ("%", "×", "s") and (0 < abs(value) < 1e-5 or abs(value) >= 1e7):
+    if decimals is None and unit not in ("%", "×", "s", "steps") and (0 < abs(value) < 1e-5 or abs(value) >= 1e7):
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     text = f"{value:.{digits(value, unit) if decimals is None else decimals}f}"
@@ -103,10 +103,18 @@ def in_spreads(cell: Cell) -> str | None:
     return "≥ 100 σ" if size >= 99.5 else f"{size:.0f} σ" if size >= 9.95 else f"{size:.1f} σ"
 
 
-def gap_text(cell: Cell, unit: str, separator: str = ", ") -> str | None:
-    """The gap and, where known, its size in spreads."""
-    if cell.gap is None:
+def in_seed_distances(cell: Cell) -> str | None:
+    """A distance as a multiple of that between the reference's seeds, such as ``×2.9``; None where there is none."""
+    size = cell.in_seed_distances
+    if size is None:
         return None
+    return "≥ ×100" if size >= 99.5 else f"×{size:.0f}" if size >= 9.95 else f"×{size:.1f}"
+
+
+def gap_text(cell: Cell, unit: str, separator: str = ", ") -> str | None:
+    """The gap and, where known, its size in spreads; of a distance, its size in those between the reference's seeds."""
+    if cell.gap is None:
+        return in_seed_distances(cell)
     return separator.join(text for text in (signed(cell.gap, unit), in_spreads(cell)) if text)
 
 
@@ -166,6 +174,11 @@ def caption(results: Results, place: str = "in parentheses") -> str:
             text += f" (no sizes in standard deviations, as {results.reference} has the same value for all seeds)"
         else:
             text += f" (one seed gives no spread of {results.reference} to compare it with)"
+    between = [name for s in results.scenarios for name in results.columns(s) if name in results.between_seeds]
+    if between:
+        text += f"; in the row of {results.reference} its seeds are compared with each other"
+        if any(cell.seed_distance for cell in cells):
+            text += ", and × says how many times as far from it a method is"
     if any(results.best(s, m) for s in results.scenarios for m in results.columns(s)):
         goals = {results.better(m) for s in results.scenarios for m in results.columns(s) if results.best(s, m)}
         words = {"reference": f"closest to {results.reference}", "lower": "lowest", "higher": "highest"}
@@ -193,9 +206,9 @@ def table_csv(results: Results) -> str:
     """Every metric in a tidy table: one line per scenario, method and metric, one column per seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    gaps = ("gap_to_reference", "reference_std", "gap_in_reference_std")
+    gaps = ("gap_to_reference", "reference_std", "gap_in_reference_std", "in_reference_seed_distances")
     seeds = [f"seed_{seed}" for seed in results.seeds]
-    writer.writerow(["scenario", "method", "metric", "unit", "mean", "std", "runs", *gaps, *seeds])
+    writer.writerow(["scenario", "method", "metric", "unit", "mean", "std", "t_interval_95", "runs", *gaps, *seeds])
     for scenario in results.scenarios:
         for method in results.methods:
             by_seed = {run.seed: run.metrics for run in results.select(scenario, method)}
@@ -203,7 +216,8 @@ def table_csv(results: Results) -> str:
                 if (cell := results.cell(scenario, method, name)) is None:
                     continue
                 values = [by_seed.get(seed, {}).get(name, "") for seed in results.seeds]
-                known = [cell.std, len(cell.values), cell.gap, cell.spread, cell.gap_in_spreads]
+                known = [cell.std, cell.interval, len(cell.values)]
+                known += [cell.gap, cell.spread, cell.gap_in_spreads, cell.in_seed_distances]
                 optional = ["" if value is None else value for value in known]
                 unit = results.definition(name).unit
                 writer.writerow([scenario, method, name, unit, cell.mean, *optional, *values])
