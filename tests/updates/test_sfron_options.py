@@ -133,6 +133,76 @@ def test_little_effect_is_said(loaders):
         rule.finish(network)
 
 
+@pytest.mark.parametrize(("alpha", "moved"), [(1e-6, False), (25.0, True)])
+def test_a_loss_that_did_not_move_is_said(loaders, alpha, moved):
+    # the repair steps do not move anything, so that only the forgetting steps do
+    apart = {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.0),
+        "forget_optimizer": lambda p: torch.optim.SGD(p, lr=0.05),
+    }
+    network, rule = run(loaders, steps=24, alpha=alpha, **apart)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rule.finish(network)
+    said = [str(warning.message) for warning in caught]
+    assert any("did not move" in sentence and f"raise alpha (now {alpha:g})" in sentence for sentence in said) != moved
+    assert len(rule.state_dict()["forget_losses"]) == 8
+
+
+def test_a_mask_that_keeps_nearly_all_is_said(loaders):
+    network, rule = Tiny().double(), SFRonUpdate(gamma=0.0)
+    rule.configure(network)
+    with pytest.warns(UserWarning, match=r"keeps 100\.0% of the weights; a larger gamma protects more"):
+        rule.prepare(network, loaders)
+    assert all(bool(mask.all()) for mask in rule.mask.masks.values())
+
+
+def test_no_copy_is_made_when_the_slow_update_is_off(loaders):
+    _, off = run(loaders, slow_beta=1.0)
+    _, on = run(loaders, slow_beta=0.5)
+    assert off.slow.previous == []
+    assert off.state_dict()["slow"] == {"previous": []}
+    assert len(on.slow.previous) == len(on.parameters)
+
+
+def test_one_cycle_on_a_quadratic_filters_the_forgetting_step_by_curvature():
+    """Eq. (5): displacement -b (1 - ηH)^T u, with g = 0 at the start."""
+    torch.manual_seed(0)
+    curvature = torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64)
+    rate, repairs = 0.05, 4
+
+    class Point(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def repair(network, batch, backward):
+        optimizer = rule.optimizers[0]
+        optimizer.zero_grad()
+        backward((curvature * network.theta.square()).sum() / 2)
+        optimizer.step()
+        return {}
+
+    push = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+
+    def forget(network, batch, strength, backward):
+        rule.optimizers[-1].zero_grad()
+        backward((push * network.theta).sum())
+        rule.optimizers[-1].step()
+        return {"forget_loss": torch.zeros(())}
+
+    plain = {"optimizer": lambda p: torch.optim.SGD(p, lr=rate), "lr_schedule": "constant", "mask": "none"}
+    rule = SFRonUpdate(steps=repairs, forget_every=repairs, **plain)
+    rule._forget, rule._repair = forget, repair
+    network = Point()
+    rule.configure(network)
+    rule.prepare(network, {})
+    for k in range(repairs):
+        rule.step(network, {"forget": None, "remain": None}, k)
+    expected = -rate * (1 - rate * curvature) ** repairs * push
+    torch.testing.assert_close(network.theta.detach(), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

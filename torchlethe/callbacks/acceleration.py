@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class ChannelsLast(Callback):
     """Store convolution weights channels-last, which tensor cores and CPU convolutions prefer.
 
-    Images need no change: a convolution takes its layout from its weights.
+    Images need no change: a convolution takes its layout from its weights. On a CPU the classifier modules do this by
+    themselves with the networks of this package, torchvision and timm; the callback is for GPUs and other networks.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -82,7 +82,7 @@ class SaliencyMask:
         return [self.masks[name] for name in names]
 
     def like(self, parameters: Mapping[str, Tensor]) -> SaliencyMask:
-        """The mask in the dtype and on the device of the parameters that it is for.
+        """The mask in dtype, memory layout and on the device of the parameters that it is for.
 
         Raises:
             ValueError: a parameter has no mask, or one of another shape.
@@ -90,7 +90,9 @@ class SaliencyMask:
         for name, p in parameters.items():
             if name not in self.masks or self.masks[name].shape != p.shape:
                 raise ValueError(f"the mask has no entry for the parameter '{name}' of shape {tuple(p.shape)}.")
-        return SaliencyMask({name: self.masks[name].to(p) for name, p in parameters.items()})
+        # in another layout each product with a gradient would go element by element
+        with torch.no_grad():
+            return SaliencyMask({name: torch.empty_like(p).copy_(self.masks[name]) for name, p in parameters.items()})
 
     @contextmanager
     def held(self, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> Iterator[None]:

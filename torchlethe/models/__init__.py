@@ -11,6 +11,7 @@ from torchlethe.models.heads import features_of, head_name, head_of, replace_hea
 from torchlethe.models.hubs import timm_network, torchvision_network
 from torchlethe.models.huggingface import TransformersClassifier
 from torchlethe.models.inception import GoogLeNet, googlenet
+from torchlethe.models.layout import channels_last_on_cpu, wants_channels_last
 from torchlethe.models.normalize import STATISTICS, Normalize, NormalizedClassifier, normalized
 from torchlethe.models.preact_resnet import PreActResNet, preact_resnet18, senet18
 from torchlethe.models.pyramidnet import PyramidNet, pyramidnet110
@@ -37,6 +38,7 @@ __all__ = [
     "TransformersClassifier",
     "VisionTransformer",
     "WideResNet",
+    "channels_last_on_cpu",
     "densenet121",
     "features_of",
     "googlenet",
@@ -59,6 +61,7 @@ __all__ = [
     "vgg16_bn",
     "vit_small",
     "vit_tiny",
+    "wants_channels_last",
     "wrn28_2",
     "wrn28_10",
 ]

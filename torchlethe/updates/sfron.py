@@ -7,6 +7,8 @@ for ``loss_floor`` (1e-6 in place of 0), which guards against samples whose loss
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -22,7 +24,10 @@ from torchlethe.components import (
     DiagonalFisher,
     FastSlowUpdater,
     SaliencyMask,
+    all_reduce_sum,
     batch_norm_in_eval,
+    restored,
+    world_size,
 )
 from torchlethe.data import Interleaved
 from torchlethe.functional.forgetting import forget_schedule, saliency_ratio, weight_entropy
@@ -34,6 +39,14 @@ from torchlethe.updates.base import (
     default_optimizer,
     logits_and_labels,
     plain_backward,
+)
+from torchlethe.updates.strength import (
+    START,
+    InterleavedHeldOut,
+    averaged_backward,
+    find_strength,
+    in_pairs,
+    mean_loss,
 )
 
 MaskRule = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], SaliencyMask]
@@ -51,7 +64,10 @@ class SFRonUpdate(UpdateRule):
         optimizer: makes the optimizer; shared by both kinds of step unless ``forget_optimizer`` is given.
         forget_optimizer: makes a separate optimizer for the forgetting steps (DualOptim).
         lr_schedule: ``cosine`` over ``steps`` for both kinds of step, or ``constant``.
-        alpha: strength of the forgetting ascent.
+        alpha: strength of the forgetting ascent; ``auto`` finds it in ``prepare``, see :meth:`prepare`.
+        auto_alpha_steps: iterations of a trial run that ``auto`` probes a strength with.
+        auto_alpha_target: the mean loss (nats) that the forget set should reach with ``auto``; by default that of the
+            validation role, which the network was not trained on.
         schedule: how alpha falls: ``cosine``, ``linear``, ``expdecay`` or ``constant``.
         coefficients: ``adaptive`` sample weights, or ``uniform``.
         lam: exponent of the adaptive weights, in [0, 1].
@@ -73,6 +89,10 @@ class SFRonUpdate(UpdateRule):
         bn_forget: whether BatchNorm uses (and updates) its statistics from forget batches: ``train`` or ``eval``.
         cosine_every: log the cosine between forgetting and repair gradient every so many forgetting steps; 0 never.
 
+    Attributes:
+        alpha: the strength in use; NaN with ``auto`` until ``prepare`` has found it.
+        alpha_trials: with ``auto`` the mean loss on the forget set after the trial of each strength.
+
     Raises:
         ValueError: an argument is out of range.
     """
@@ -84,7 +104,9 @@ class SFRonUpdate(UpdateRule):
         optimizer: OptimizerFactory = default_optimizer,
         forget_optimizer: OptimizerFactory | None = None,
         lr_schedule: Literal["cosine", "constant"] = "cosine",
-        alpha: float = 25.0,
+        alpha: float | Literal["auto"] = 25.0,
+        auto_alpha_steps: int = 50,
+        auto_alpha_target: float | None = None,
         schedule: Literal["cosine", "linear", "expdecay", "constant"] = "cosine",
         coefficients: Literal["adaptive", "uniform"] = "adaptive",
         lam: float = 0.5,
@@ -103,13 +125,20 @@ class SFRonUpdate(UpdateRule):
         bn_forget: Literal["train", "eval"] = "train",
         cosine_every: int = 0,
     ) -> None:
-        counts = {"steps": steps, "forget_every": forget_every}
+        counts = {"steps": steps, "forget_every": forget_every, "auto_alpha_steps": auto_alpha_steps}
         for name, value in (counts | {"fisher_stride": fisher_stride, "fisher_chunk": fisher_chunk}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
         if cosine_every < 0:
             raise ValueError(f"cosine_every is {cosine_every}, it must be at least 0.")
-        for name, number in {"alpha": alpha, "clip": clip}.items():
+        if isinstance(alpha, str) and alpha != "auto":
+            raise ValueError(f"alpha is '{alpha}', allowed are a number above 0 and auto.")
+        self.auto_alpha = self.reads_ahead = alpha == "auto"
+        if auto_alpha_target is not None and not self.auto_alpha:
+            raise ValueError(f"auto_alpha_target is {auto_alpha_target}, but alpha is {alpha}: set alpha to auto.")
+        level = 1.0 if auto_alpha_target is None else auto_alpha_target
+        strength = START if alpha == "auto" else float(alpha)
+        for name, number in {"alpha": strength, "clip": clip, "auto_alpha_target": level}.items():
             if not number > 0:
                 raise ValueError(f"{name} is {number}, it must be above 0.")
         choices = {
@@ -136,7 +165,10 @@ class SFRonUpdate(UpdateRule):
         self.optimizer = optimizer
         self.forget_optimizer = forget_optimizer
         self.lr_schedule = lr_schedule
-        self.alpha = alpha
+        self.alpha = math.nan if self.auto_alpha else strength
+        self.auto_alpha_steps = auto_alpha_steps
+        self.auto_alpha_target = auto_alpha_target
+        self.alpha_trials: dict[float, float] = {}
         self.schedule = schedule
         self.forget_loss = AdaptiveForgetLoss(lam if coefficients == "adaptive" else 0.0, loss_floor)
         self.clip = clip
@@ -151,25 +183,51 @@ class SFRonUpdate(UpdateRule):
         self.slow_period = 1 if slow_every == "step" else forget_every
         self.bn_forget = bn_forget
         self.cosine_every = cosine_every
-        self.feed = Interleaved(every=forget_every, steps=steps)
+        held_out = self.auto_alpha and auto_alpha_target is None
+        self.feed = (InterleavedHeldOut if held_out else Interleaved)(every=forget_every, steps=steps)
         self.parameters: dict[str, nn.Parameter] = {}
         self.slow = FastSlowUpdater([], slow_beta)
         self.mask: SaliencyMask | None = None
         self.clipped_steps: Tensor | None = None
+        self.forget_losses: Tensor | None = None
 
     def configure(self, network: nn.Module) -> list[Optimizer]:
-        """One optimizer, or two when the forgetting steps have their own; forgets an earlier run's mask."""
-        self.prepared, self.mask, self.clipped_steps = False, None, None
+        """One optimizer, or two when the forgetting steps have their own; forgets what an earlier run found."""
+        self.prepared, self.mask, self.clipped_steps, self.forget_losses = False, None, None, None
+        self.alpha, self.alpha_trials = math.nan if self.auto_alpha else self.alpha, {}
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        makers = [self.optimizer, *([self.forget_optimizer] if self.forget_optimizer else [])]
-        self.optimizers = [make(list(self.parameters.values())) for make in makers]
+        self.optimizers = [make(list(self.parameters.values())) for make in self._makers()]
         self.slow = FastSlowUpdater(self.parameters.values(), self.slow_beta)
         return self.optimizers
 
+    def _makers(self) -> list[OptimizerFactory]:
+        return [self.optimizer, *([self.forget_optimizer] if self.forget_optimizer else [])]
+
     def prepare(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
-        """Measure both Fisher informations and make the mask from them."""
+        """Measure both Fisher informations and make the mask from them; with ``alpha="auto"`` find the strength.
+
+        For the latter, the first ``auto_alpha_steps`` iterations are run with strengths that double (or halve) from 25
+        until the loss on the forget set reaches the level of data that the network was not trained on, as it would be
+        after retraining. Each trial starts from the same weights and random state, and leaves no trace. Its batches are
+        those of ``loaders["steps"]`` (dicts by role, which a Trainer passes), else the roles' loaders over and over: in
+        a plain loop these should be shuffled.
+
+        Raises:
+            ValueError: with ``auto``, the forget set holds whole classes, of which held-out data says nothing.
+        """
+        logs = self._make_mask(network, loaders)
+        if self.auto_alpha:
+
+            def trial(alpha: float) -> float:
+                return self._trial(network, loaders, alpha)
+
+            self.alpha, self.alpha_trials, found = find_strength(network, loaders, trial, self.auto_alpha_target)
+            logs |= found
+        return logs | super().prepare(network, loaders)
+
+    def _make_mask(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
         if self.mask_rule == "none":
-            return super().prepare(network, loaders)
+            return {}
         forget = self.fisher.estimate(network, loaders["forget"])
         remain = self.fisher.estimate(network, islice(loaders["remain"], 0, None, self.fisher_stride))
         if callable(self.mask_rule):
@@ -185,7 +243,24 @@ class SFRonUpdate(UpdateRule):
             advice = "a smaller gamma lets more weights move" if kept < 0.01 else "a larger gamma protects more weights"
             warnings.warn(f"the saliency mask keeps {kept:.1%} of the weights; {advice}.", stacklevel=2)
         layers = {f"mask_kept/{name}": share for name, share in self.mask.kept_fractions().items()}
-        return super().prepare(network, loaders) | {"mask_kept_fraction": kept} | layers
+        return {"mask_kept_fraction": kept} | layers
+
+    def _trial(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]], alpha: float) -> float:
+        """The mean loss on the forget set after a trial run."""
+        trial = copy.copy(self)
+        trial.alpha, trial.prepared, trial.cosine_every, trial.clipped_steps = alpha, True, 0, None
+        trial.optimizers = [make(list(self.parameters.values())) for make in self._makers()]
+        trial.slow = FastSlowUpdater(self.parameters.values(), self.slow_beta)
+        trial.forget_losses = None
+        backward = averaged_backward(self.parameters.values())
+        with restored(network):
+            if not any(part.training for part in network.modules()):
+                network.train()
+            batches = loaders["steps"] if "steps" in loaders else in_pairs(loaders["forget"], loaders["remain"])
+            for k, batch in enumerate(islice(batches, min(self.auto_alpha_steps, self.steps))):
+                trial.step(network, batch, k, backward)
+            loss, _ = mean_loss(network, loaders["forget"])
+        return loss
 
     def step(
         self, network: nn.Module, batch: Any, k: int, backward: Backward = plain_backward
@@ -199,6 +274,7 @@ class SFRonUpdate(UpdateRule):
         forget_gradients: list[Tensor] = []
         if k % self.forget_every == 0:
             logs |= self._forget(network, batch["forget"], forget_schedule(self.schedule, progress), backward)
+            self._remember(logs["forget_loss"], k // self.forget_every)
             if self.cosine_every and k % (self.cosine_every * self.forget_every) == 0:
                 forget_gradients = self._gradients()
         logs |= self._repair(network, batch["remain"], backward)
@@ -209,6 +285,11 @@ class SFRonUpdate(UpdateRule):
         if (k + 1) % self.slow_period == 0 or k + 1 == self.steps:
             self.slow.pull()
         return logs
+
+    def _remember(self, loss: Any, number: int) -> None:
+        if self.forget_losses is None:
+            self.forget_losses = loss.new_full((-(-self.steps // self.forget_every),), math.nan)
+        self.forget_losses[number] = loss
 
     def _gradients(self) -> list[Tensor]:
         return [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters.values()]
@@ -259,26 +340,50 @@ class SFRonUpdate(UpdateRule):
         return {"remain_loss": loss.detach()}
 
     def finish(self, network: nn.Module) -> None:
-        """Warn when no forgetting step was strong enough to be clipped, a sign that little was forgotten."""
+        """Warn of signs that little was forgotten: no step was clipped, or the loss on forget batches did not rise."""
+        advice = f"raise alpha (now {self.alpha:g}) or lower forget_every (now {self.forget_every})."
         if self.clipped_steps is not None and self.clip < float("inf") and not self.clipped_steps.item():
             warnings.warn(
-                f"no forgetting step reached the clipping norm {self.clip}: if too little was forgotten, "
-                f"raise alpha (now {self.alpha}) or lower forget_every (now {self.forget_every}).",
+                f"no forgetting step reached the clipping norm {self.clip}: if too little was forgotten, {advice}",
                 stacklevel=2,
             )
+        if self.forget_losses is None:
+            return
+        losses = all_reduce_sum(self.forget_losses) / world_size()
+        losses = losses[losses.isfinite()].float()
+        if len(losses) >= 4:
+            # each batch has other samples: compare the first, before anything moved, with a quarter of the run
+            before, after = losses[0].item(), losses[-(len(losses) // 4) :].mean().item()
+            if after < 1.1 * before + 1e-3:
+                warnings.warn(
+                    f"the loss on forget batches did not move, from {before:.3g} to {after:.3g} in the last quarter of "
+                    f"the forgetting steps: {advice}",
+                    stacklevel=2,
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """The mask (one bit a weight), the anchor of the slow update and the number of clipped steps."""
+        """Mask (one bit a weight), strength found, anchor of the slow update, and what :meth:`finish` judges."""
         return super().state_dict() | {
             "mask": self.mask.state_dict() if self.mask else None,
             "slow": self.slow.state_dict(),
             "clipped_steps": self.clipped_steps,
+            "forget_losses": self.forget_losses,
+            "alpha": self.alpha if self.auto_alpha and self.prepared else None,
+            "alpha_trials": self.alpha_trials,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; the mask goes to the device of the parameters."""
         super().load_state_dict(state)
         device = next(iter(self.parameters.values())).device
-        self.mask = SaliencyMask.from_state_dict(state["mask"], device) if state["mask"] else None
+        saved = state["mask"]
+        self.mask = SaliencyMask.from_state_dict(saved, device).like(self.parameters) if saved else None
         self.slow.load_state_dict(state["slow"])
-        self.clipped_steps = None if state["clipped_steps"] is None else state["clipped_steps"].to(device)
+        self.clipped_steps, self.forget_losses = (
+            None if state.get(name) is None else state[name].to(device) for name in ("clipped_steps", "forget_losses")
+        )
+        if self.auto_alpha:
+            self.alpha_trials = dict(state.get("alpha_trials", {}))
+            # what was saved of a run with a given strength has none to restore: then prepare again
+            self.alpha = state["alpha"] if state.get("alpha") is not None else math.nan
+            self.prepared = self.prepared and not math.isnan(self.alpha)

@@ -31,7 +31,11 @@ class SFRon(UnlearningModule):
         optimizer: makes the optimizer of both kinds of step.
         forget_optimizer: makes a separate optimizer for the forgetting steps (the DualOptim recipe).
         lr_schedule: ``cosine`` over ``steps``, or ``constant``.
-        alpha: strength of the forgetting ascent, above 0.
+        alpha: strength of the forgetting ascent, above 0; or ``auto``: trial runs before the first step find the
+            strength at which the loss on the forget set reaches ``auto_alpha_target``; their time is preparation.
+        auto_alpha_steps: iterations of such a trial run.
+        auto_alpha_target: a mean loss in nats; by default that of the validation images, which the network must not
+            have been trained on.
         schedule: how alpha falls over the run: ``cosine``, ``linear``, ``expdecay`` or ``constant``.
         coefficients: ``adaptive`` sample weights (low-loss samples first), or ``uniform``.
         lam: exponent of the adaptive weights, in [0, 1].
@@ -78,7 +82,9 @@ class SFRon(UnlearningModule):
         optimizer: OptimizerCallable = default_optimizer,
         forget_optimizer: OptimizerCallable | None = None,
         lr_schedule: Literal["cosine", "constant"] = "cosine",
-        alpha: float = 25.0,
+        alpha: float | Literal["auto"] = 25.0,
+        auto_alpha_steps: int = 50,
+        auto_alpha_target: float | None = None,
         schedule: Literal["cosine", "linear", "expdecay", "constant"] = "cosine",
         coefficients: Literal["adaptive", "uniform"] = "adaptive",
         lam: float = 0.5,
@@ -104,6 +110,8 @@ class SFRon(UnlearningModule):
             forget_optimizer=forget_optimizer,
             lr_schedule=lr_schedule,
             alpha=alpha,
+            auto_alpha_steps=auto_alpha_steps,
+            auto_alpha_target=auto_alpha_target,
             schedule=schedule,
             coefficients=coefficients,
             lam=lam,
