@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import shlex
@@ -19,11 +20,17 @@ from torchlethe.cli import main
 from torchlethe.io import save_weights
 from torchlethe.models import SmallCNN, normalized, resnet8, resnet18, torchvision_network
 from torchlethe.study import load_study, plan_jobs
+from torchlethe.study.search import trial_job
+from torchlethe.study.search_space import parse_search
 
 CONFIGS = configs_folder()
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-STUDIES = sorted(CONFIGS.rglob("*study.yaml"))
+STUDIES = sorted({*CONFIGS.rglob("*study.yaml"), *CONFIGS.rglob("*search.yaml")})
 STAND_IN = "shufflenet_v2_x0_5"  # Swin-T runs once; where weights are loaded, a smaller network takes its place
+SHORTER = {  # what takes long beside everything else
+    "unlearning/unsir.yaml": "--model.init_args.noise_batch=8",
+    "influence_cg.yaml": "--model.init_args.iterations=2",
+}
 CPU = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
@@ -117,6 +124,7 @@ def run(name, command, words, small, weights, folder):
     data = "--data.init_args.data.init_args" if any("forget_" in word for word in words) else "--data.init_args"
     words = [*words, *CPU, *(f"{data}.{key}={value}" for key, value in values.items())]
     words += [f"--trainer.default_root_dir={folder}", f"--model.init_args.weights={weights}"] if weights else []
+    words += [option for part, option in SHORTER.items() if any(word.endswith(part) for word in words)]
     if name == "tiny_imagenet":
         network = "--model.init_args.network.init_args.network.init_args"
         words += [f"{network}.pretrained=false", *([f"{network}.name={STAND_IN}"] if weights else [])]
@@ -140,7 +148,7 @@ def test_every_file_is_used():
     for path in FILES:
         for name in re.findall(r"[\w./]+\.yaml", "\n".join(x for x in path.read_text().splitlines() if x[:1] != "#")):
             assert (path.parent / name).is_file(), f"{path} names {name}"
-            used.add(path.parent / name)
+            used.add(Path(os.path.normpath(path.parent / name)))
     assert set(FILES) == used
 
 
@@ -153,18 +161,43 @@ def test_command_in_a_comment_runs(words, small, tmp_path, capfd):
     assert "dropped" not in capfd.readouterr().err
 
 
+def kinds(jobs, study):
+    """One job of each stage, and one of each scenario where that has settings of the method for it."""
+    found = {}
+    for job in jobs:
+        own = job.scenario and job.stage.base in job.scenario.stages
+        own = own and any(key.startswith("model.") for key in job.scenario.stages[job.stage.base].set)
+        own = own or job.stage.name == study.reference
+        found.setdefault((job.stage.base, job.scenario.name if own else None), job)
+    return found.values()
+
+
+def example(job):
+    """The command line of a job, of a trial for a search; what other stages would write is there, and empty."""
+    for name, path in job.inputs.items():
+        if name.endswith(".best"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}\n")
+    if job.stage.search:
+        space = parse_search(job.stage.search).space
+        first = {key: values[0] if isinstance(values, list) else values["low"] for key, values in space.items()}
+        job = trial_job(job, 0, first)
+    return [job.stage.command, *job.words], job.folder
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_study_is_sound(path, small, tmp_path, capsys):
     study = load_study(path)
     assert study.reference
     assert study.original or "original" not in study.stages
-    jobs = [job for job in plan_jobs(study, tmp_path) if job.seed == study.seeds[0]]
+    jobs = [job for job in plan_jobs(study, tmp_path) if job.seed in (None, study.seeds[0])]
     assert {job.stage.name for job in jobs} == set(study.stages)
-    for job in jobs:
-        assert main([job.stage.command, *job.words, "--print_config"]) == 0
+    for job in kinds(jobs, study):
+        words, folder = example(job)
+        assert main([*words, "--print_config"]) == 0, job.title
         output = capsys.readouterr()
         assert "dropped" not in output.err
-        assert f"default_root_dir: {job.folder}" in output.out
+        assert f"default_root_dir: {folder}" in output.out
 
 
 def test_stages_of_the_demo_run(small, tmp_path):

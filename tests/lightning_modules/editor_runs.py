@@ -43,6 +43,8 @@ MODULES: dict[str, Any] = {
     "assd": lambda network: ASSD(network, 10),
     "influence": lambda network: InfluenceUnlearning(network, 10, alpha=3.0),
     "influence_cg": lambda network: InfluenceUnlearning(network, 10, inverse="cg", iterations=3),
+    "influence_woodfisher": lambda network: InfluenceUnlearning(network, 10, inverse="true_woodfisher", iterations=3),
+    "influence_kfac": lambda network: InfluenceUnlearning(network, 10, inverse="kfac", alpha=0.1),
     "fisher_new": lambda network: FisherForgetting(network, 10, alpha=1e-8),
     "fisher": lambda network: FisherForgetting(network, 10, variant="fisher"),
     "scrub": lambda network: SCRUB(network, 10, epochs=2, msteps=1, optimizer=sgd(5e-3), rewind=True),

@@ -17,6 +17,9 @@ from torch import nn
 from tests.helpers import cosine, forgetful_digits, norm_free_network, quiet_trainer, sgd
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import (
+    CFW,
+    CT,
+    MSG,
     NPO,
     CFk,
     EUk,
@@ -51,11 +54,14 @@ KINDS: dict[str, Make] = {
     "l1_sparse": _module(L1Sparse),
     "cf_k": _module(CFk),
     "eu_k": _module(EUk),
+    "msg": _module(MSG),
+    "ct": _module(CT),
+    "cfw": _module(CFW, noise=0.1),
     "jit": _module(JiT, draws=2, bn_mode="train"),
 }
 
-RANKS = ("npo", "random_label_joined", "salun", "cf_k", "jit")
-"""One of each way in which ranks could differ: a paired feed, labels, a measured mask, frozen weights, noise."""
+RANKS = ("npo", "random_label_joined", "salun", "cf_k", "msg", "jit")
+"""One of each way in which ranks could differ: a paired feed, labels, a measured mask, frozen or new weights, noise."""
 
 
 def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:

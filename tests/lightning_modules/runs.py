@@ -46,6 +46,9 @@ def resumable(kind: str) -> tuple[LightningModule, Any, dict[str, Any]]:
     if kind == "fine_tune":
         module = FineTune(small_network(), 10, optimizer=sgd(0.01), lr_scheduler=cosine(EPOCHS))
         return module, forgetful_digits(augmentation=Augmentation(crop=1)), {"max_epochs": EPOCHS}
+    if kind == "sfron_auto":
+        module = SFRon(small_network(), 10, steps=24, forget_every=4, alpha="auto", auto_alpha_steps=8)
+        return module, forgetful_digits(augmentation=Augmentation(crop=1), validation=0.1), {}
     module = SFRon(small_network(), 10, steps=30, forget_every=4, slow_beta=0.9, alpha=5.0)
     return module, forgetful_digits(augmentation=Augmentation(crop=1)), {}
 
@@ -72,6 +75,11 @@ def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:
         module: LightningModule = Classifier(norm_free_network().double(), 10, sgd(), cosine(EPOCHS))
         datamodule: Any = digits(batch_size=batch_size, test_size=597, validation=120)
         limits = {"max_epochs": 1}
+    elif kind == "sfron_auto":
+        # a target that an untrained network does not start at, so that there is something to search for
+        options: dict[str, Any] = {"steps": 12, "forget_every": 3, "auto_alpha_steps": 6, "auto_alpha_target": 2.4}
+        module = SFRon(norm_free_network().double(), 10, alpha="auto", optimizer=sgd(0.02), **options)
+        datamodule, limits = forgetful_digits(batch_size=batch_size, test_size=597), {}
     else:
         # clipped, masked and pulled, so that each of these is compared
         module = SFRon(norm_free_network().double(), 10, steps=12, forget_every=3, slow_beta=0.9, clip=0.5)
@@ -81,6 +89,8 @@ def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:
     scores = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     if trainer.is_global_zero:
         logged = {f"score.{name}": torch.as_tensor(value).double() for name, value in scores.items()}
+        if isinstance(module, SFRon):
+            logged["alpha"] = torch.tensor([module.update.alpha, *module.update.alpha_trials.values()]).double()
         save_weights(dict(module.network.state_dict()) | logged, folder / f"{kind}.safetensors")
 
 
@@ -96,7 +106,7 @@ def main() -> None:
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[4], "LOCAL_RANK": sys.argv[3], "NODE_RANK": "0"}
     os.environ |= {"WORLD_SIZE": "2"}
-    for kind in ("classifier", "sfron"):
+    for kind in ("classifier", "sfron", "sfron_auto"):
         strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
         joined(kind, 30, folder, devices=2, strategy=strategy)
 

@@ -18,6 +18,8 @@ from torchlethe.io import read_state_dict
 from torchlethe.lightning_modules import CFk, FineTune, L1Sparse, NegGradPlus, RandomLabel, SalUn, SalUnSoft
 
 READS = {
+    "ct": {"remain"},
+    "cfw": {"remain"},
     "gradient_ascent": {"forget"},
     "jit": {"forget"},
     "l1_sparse": {"remain"},

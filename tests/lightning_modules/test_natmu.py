@@ -4,6 +4,7 @@ import copy
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.helpers import (
     small_network,
 )
 from tests.lightning_modules.natmu_ranks import run
-from torchlethe.callbacks import HybridGrid
+from torchlethe.callbacks import ChannelsLast, CompileNetwork, HybridGrid
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.data import Augmentation, ForgetClasses, ForgetFraction, WrappedDataset
 from torchlethe.datamodules import UnlearningDataModule
@@ -160,6 +161,44 @@ def test_bf16_works(precision):
     module = NatMU(small_network(), 10)
     quiet_trainer(precision=precision, max_steps=4).fit(module, datamodule=forgetful_digits())
     assert all(torch.isfinite(p).all() for p in module.network.parameters())
+
+
+@pytest.mark.parametrize("callback", [ChannelsLast(), CompileNetwork(backend="aot_eager")], ids=["channels", "compile"])
+def test_channels_last_and_compiled_networks_take_the_same_steps(callback):
+    modules = [NatMU(small_network(), 10, optimizer=sgd(0.01)) for _ in range(2)]
+    for module, callbacks in zip(modules, ([], [callback]), strict=True):
+        quiet_trainer(max_steps=5, callbacks=callbacks).fit(module, datamodule=forgetful_digits())
+    pairs = zip(*(module.network.state_dict().values() for module in modules), strict=True)
+    for first, second in pairs:
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_a_collapse_ends_the_run(original):
+    def guarded(lr, guard):
+        module = NatMU(copy.deepcopy(original), 10, optimizer=sgd(lr), lr_schedule="constant", collapse_guard=guard)
+        trainer = quiet_trainer(max_epochs=4)
+        trainer.fit(module, datamodule=forgetful_digits(label_noise=None))
+        return module, trainer
+
+    with pytest.warns(
+        UserWarning, match=r"NatMU stopped after step \d+: the accuracy on remaining images was .*=20 points"
+    ):
+        module, trainer = guarded(20.0, 20)
+    per_epoch = trainer.num_training_batches
+    assert trainer.global_step == per_epoch
+    assert module.update.stopped
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "NatMU stopped")
+        assert guarded(1e-4, 20)[1].global_step == 4 * per_epoch
+        assert guarded(20.0, None)[1].global_step == 4 * per_epoch
+    state = module.update.state_dict()
+    again = NatMU(copy.deepcopy(original), 10, collapse_guard=20).update
+    again.configure(original)
+    again.load_state_dict(state)
+    assert again.stopped
+    assert again.accuracy_before == module.update.accuracy_before > 90
+    with pytest.raises(ValueError, match=r"collapse_guard is 0, it must lie in \(0, 100\] points"):
+        NatMU(original, 10, collapse_guard=0)
 
 
 def test_other_projects_data_sets_need_no_datamodule():

@@ -7,10 +7,11 @@ from torch import nn
 
 from tests.golden_networks import Tiny, fixed_batches
 from tests.helpers import assert_same_bits
+from torchlethe.components.kfac import KroneckerFisher, _draw
 from torchlethe.components.sample_gradients import (
+    curvature_product,
     directional_derivatives,
     expected_squared_gradients,
-    gauss_newton_product,
     mean_gradient,
     regrouped,
 )
@@ -119,8 +120,97 @@ def test_conjugate_gradients_invert_the_damped_hessian(loaders):
     flat = torch.cat([t.flatten() for t in target])
     expected = torch.linalg.solve(hessian + 0.1 * torch.eye(148, dtype=torch.float64), flat)
     torch.testing.assert_close(torch.cat([d.flatten() for d in rule.direction]), expected, rtol=1e-4, atol=1e-6)
-    product = torch.cat([p.flatten() for p in gauss_newton_product(network, loaders["remain"], target)])
+    product = torch.cat([p.flatten() for p in curvature_product(network, loaders["remain"], target)])
     torch.testing.assert_close(product, hessian @ flat, rtol=1e-10, atol=1e-12)
+
+
+def sample_gradients_of(network, batches):
+    """One row (P,) for each sample, by a loop."""
+    rows = []
+    for batch in batches:
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            loss = nn.functional.cross_entropy(network(image[None]), label[None])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+    return torch.stack(rows)
+
+
+def test_the_true_woodfisher_is_where_the_recursion_leads(network, loaders):
+    damping = 0.1
+    rule = start(InfluenceUpdate("true_woodfisher", damping=damping, iterations=300), network, loaders)
+    target = start(InfluenceUpdate("none"), network, loaders).direction
+    network.eval()
+    rows = sample_gradients_of(network, loaders["remain"])
+    inverse = torch.eye(rows.shape[1], dtype=torch.float64) / damping
+    for g in rows:  # Sherman-Morrison, one sample after the other, as Singh and Alistarh do it
+        moved = inverse @ g
+        inverse -= torch.outer(moved, moved) / (len(rows) + g @ moved)
+    expected = inverse @ torch.cat([t.flatten() for t in target])
+    torch.testing.assert_close(torch.cat([d.flatten() for d in rule.direction]), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_kronecker_factors_are_the_expectations_they_stand_for(network, loaders):
+    network.eval()
+    fisher = KroneckerFisher(network, loaders["remain"], seed=5)
+    image = torch.cat([b["image"] for b in loaders["remain"]])
+    outputs = {}
+    handles = [m.register_forward_hook(lambda m, i, o: outputs.__setitem__(m, (i[0], o))) for m in network.modules()]
+    logits = network(image)
+    [handle.remove() for handle in handles]
+    drawn = torch.cat(
+        [_draw(part, 8 * n + torch.arange(len(part)), 5) for n, part in enumerate(logits.detach().split(8))]
+    )
+    loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+    read, written = outputs[network.fc]
+    (gradient,) = torch.autograd.grad(loss, written, retain_graph=True)
+    a = torch.cat([read, torch.ones(len(read), 1, dtype=read.dtype)], 1)
+    torch.testing.assert_close(fisher.factors["fc"][0], a.T @ a / len(a))
+    torch.testing.assert_close(fisher.factors["fc"][1], gradient.T @ gradient / len(a))
+    # a convolution is a linear layer on patches: its weight gradient is the sum over positions of g a^T
+    read, written = outputs[network.conv2]
+    (gradient,) = torch.autograd.grad(loss, written)
+    patches = nn.functional.unfold(read, 3, padding=1, stride=2).transpose(1, 2)
+    patches = torch.cat([patches, torch.ones(*patches.shape[:2], 1, dtype=read.dtype)], 2)
+    rows, places = patches.flatten(0, 1), patches.shape[1]
+    flat = gradient.flatten(2).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(fisher.factors["conv2"][0], rows.T @ rows / len(image))
+    torch.testing.assert_close(fisher.factors["conv2"][1], flat.T @ flat / (len(image) * places))
+
+
+def test_kfac_solves_with_the_damped_kronecker_product(network, loaders):
+    fisher = KroneckerFisher(network, loaders["remain"])
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in network.parameters()]
+    found = dict(zip(fisher.names, fisher.solve(vector, 0.05), strict=True))
+    given = dict(zip(fisher.names, vector, strict=True))
+    for name, (a, g) in fisher.factors.items():
+        ratio = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
+        damped = [f + 0.05**0.5 * r * torch.eye(len(f), dtype=f.dtype) for f, r in ((a, ratio), (g, 1 / ratio))]
+        parts = [part for part in (f"{name}.weight", f"{name}.bias") if part in given]
+        joined, solved = (
+            torch.cat([t[part].flatten(1) if t[part].ndim > 1 else t[part][:, None] for part in parts], 1)
+            for t in (given, found)
+        )
+        product = torch.kron(damped[1], damped[0]) @ solved.flatten()
+        torch.testing.assert_close(product, joined.flatten(), rtol=1e-8, atol=1e-10)
+    for name in ("bn1.weight", "bn2.bias"):
+        torch.testing.assert_close(found[name], given[name] / (fisher.diagonal[name] + 0.05))
+
+
+def test_drawn_labels_follow_the_predictions_and_the_sample():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20000, 3)
+    drawn = _draw(logits, torch.arange(20000), 0)
+    torch.testing.assert_close(drawn.bincount() / 20000, logits[0].softmax(0), rtol=0.03, atol=0.0)
+    assert torch.equal(drawn[100:200], _draw(logits[100:200], torch.arange(100, 200), 0))
+
+
+def test_an_activation_in_place_does_not_change_the_factors(loaders):
+    networks = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 3, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(48, 4)]
+        networks.append(KroneckerFisher(nn.Sequential(*layers).double(), loaders["remain"]))
+    for name, (a, g) in networks[0].factors.items():
+        torch.testing.assert_close(networks[1].factors[name], (a, g))
 
 
 def test_padding_counts_for_nothing(network, loaders):
@@ -200,7 +290,10 @@ def test_an_empty_loader_is_one_sentence(rule, network):
         (lambda: SSDUpdate(importance="x"), "importance is 'x', allowed are fisher and output_norm"),
         (lambda: SSDUpdate(importance="output_norm", per_sample=True), "per_sample is true"),
         (lambda: SSDUpdate(chunk_size=0), "chunk_size is 0"),
-        (lambda: InfluenceUpdate("kfac"), "inverse is 'kfac', allowed are as_coded, cg and none"),
+        (
+            lambda: InfluenceUpdate("lbfgs"),
+            "inverse is 'lbfgs', allowed are as_coded, true_woodfisher, cg, kfac and none",
+        ),
         (lambda: InfluenceUpdate(damping=0.0), "damping is 0.0, it must be above 0"),
         (lambda: InfluenceUpdate(samples=0), "samples is 0"),
         (lambda: InfluenceUpdate(batches=0), "batches is 0"),

@@ -1,4 +1,4 @@
-"""NatMU agrees with the official code on every array of the golden file that belongs to the method."""
+"""NatMU agrees with the official code on every array of the golden file, those of its baselines included."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tests.golden_networks import tensors_under
+from torchlethe.datamodules.cifar import _SUPERCLASS
 from torchlethe.functional.hybrids import blend, cosine_factor, hybrid_masks
 from torchlethe.functional.membership import fit_logistic, logistic_membership
 from torchlethe.functional.pairing import (
@@ -17,7 +18,8 @@ from torchlethe.functional.pairing import (
 )
 from torchlethe.functional.summary import average_gap
 from torchlethe.functional.uncertainty import entropy
-from torchlethe.updates import NatMUUpdate
+from torchlethe.optimizers import WarmupDropLR, warmup_drop_factor
+from torchlethe.updates import BadTeacherUpdate, NatMUUpdate, SalUnUpdate
 
 
 class Numpy:
@@ -153,6 +155,55 @@ def test_fine_tuning_ends_in_the_official_weights(golden, data, hybrids):
 
 def test_the_schedule_is_the_official_one(golden):
     np.testing.assert_allclose([cosine_factor(x, 35) for x in range(35)], golden["lr_cosine_5x7"], atol=1e-15)
+    expected = golden["lr_step_10x7_w2"]  # how the original and the retrained networks are trained
+    np.testing.assert_allclose([warmup_drop_factor(x, 70, 14) for x in range(70)], expected, atol=1e-15)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule, rates = WarmupDropLR(optimizer, steps=70, warmup=14), []
+    for _ in range(70):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(rates, 0.1 * expected, atol=1e-15)
+
+
+def test_coarse_labels_are_the_official_ones(golden):
+    assert torch.equal(torch.tensor(_SUPERCLASS), torch.from_numpy(golden["cifar20_of_cifar100"]))
+
+
+def linear(golden, prefix):
+    layer = nn.Linear(5, 4).double()
+    layer.load_state_dict(
+        {"weight": torch.from_numpy(golden[f"{prefix}w"]), "bias": torch.from_numpy(golden[f"{prefix}b"])}
+    )
+    return layer
+
+
+def test_bad_teaching_by_samples_ends_in_the_official_weights(golden):
+    student = linear(golden, "bt_s_")
+    rule = BadTeacherUpdate(lambda p: torch.optim.SGD(p, lr=0.1), float(golden["bt_temp"]), mean="samples")
+    rule.keep_original(linear(golden, "bt_t_"))
+    rule.configure(student)
+    rule.incompetent = linear(golden, "bt_u_")
+    x, remains = torch.from_numpy(golden["bt_x"]), torch.from_numpy(golden["bt_retain_flag"])
+    for k in range(4):
+        rows = slice(6 * (k % 2), 6 * (k % 2) + 6)
+        label = torch.zeros(6, dtype=torch.long)  # not used
+        rule.step(student, {"image": x[rows], "label": label, "is_forget": ~remains[rows]}, k)
+    for name in ("weight", "bias"):
+        expected = torch.from_numpy(golden[f"bt_s_{name[0]}_after4"])
+        torch.testing.assert_close(getattr(student, name).detach(), expected, rtol=0, atol=1e-10)
+
+
+def test_salun_masks_are_the_official_ones(golden):
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)).double()
+    network.load_state_dict(tensors_under(golden, "sal_"), strict=False)
+    rule = SalUnUpdate(mask_fraction=float(golden["sal_threshold"]))
+    rule.configure(network)
+    x, y = torch.from_numpy(golden["bt_x"]), torch.from_numpy(golden["sal_y"])
+    rule.prepare(network, {"forget": [(x[:7], y[:7]), (x[7:], y[7:])]})
+    for name, kept in rule.mask.masks.items():
+        assert torch.equal(kept.to(torch.uint8), torch.from_numpy(golden[f"sal_mask_{name}"])), name
+    assert sum(int(kept.sum()) for kept in rule.mask.masks.values()) == int(0.3 * 76)
 
 
 def test_membership_and_gap_are_the_official_ones(golden):

@@ -168,8 +168,9 @@ class LetheCLI(LightningCLI):
     class lacks, which is an error for typed arguments and a note for those of files; what an unrelated class takes over
     is a note too. The hyper-parameters of ``--ckpt_path`` go in front of the configuration (Lightning's rule), behind
     what was typed; each difference is one note. Every run gets :class:`~torchlethe.checkpoint_io.AtomicCheckpointIO`
-    and :class:`~torchlethe.callbacks.NonFiniteGuard`, a fit :class:`~torchlethe.callbacks.ExportWeights` and a
-    prediction :class:`~torchlethe.callbacks.SavePredictions`, unless the configuration brings its own. And a method
+    and :class:`~torchlethe.callbacks.NonFiniteGuard`, a fit :class:`~torchlethe.callbacks.ExportWeights`
+    and :class:`~torchlethe.callbacks.NothingToForget`, and a prediction
+    :class:`~torchlethe.callbacks.SavePredictions`, unless the configuration brings its own. And a method
     that changes a trained network is refused a random one.
 
     Args:
@@ -335,7 +336,7 @@ class LetheCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add Lethe's checkpoint writer, guard and writer of results, each unless the configuration has one."""
-        from torchlethe.callbacks import ExportWeights, NonFiniteGuard, SavePredictions
+        from torchlethe.callbacks import ExportWeights, NonFiniteGuard, NothingToForget, SavePredictions
         from torchlethe.checkpoint_io import AtomicCheckpointIO
 
         config = self._get(self.config_init, "trainer")
@@ -343,7 +344,10 @@ class LetheCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        outputs: dict[str, list[type[Callback]]] = {"fit": [ExportWeights], "predict": [SavePredictions]}
+        outputs: dict[str, list[type[Callback]]] = {
+            "fit": [ExportWeights, NothingToForget],
+            "predict": [SavePredictions],
+        }
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         kinds: list[type[Callback]] = [NonFiniteGuard, *outputs.get(self.command, [])]

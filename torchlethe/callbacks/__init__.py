@@ -5,6 +5,7 @@ from torchlethe.callbacks.ascent_direction import AscentDirection
 from torchlethe.callbacks.export_weights import ExportWeights
 from torchlethe.callbacks.hybrid_grid import HybridGrid
 from torchlethe.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+from torchlethe.callbacks.nothing_to_forget import NothingToForget
 from torchlethe.callbacks.save_predictions import SavePredictions
 from torchlethe.callbacks.sharpness_aware import SharpnessAware
 from torchlethe.callbacks.sharpness_evaluation import SharpnessEvaluation
@@ -19,6 +20,7 @@ __all__ = [
     "HybridGrid",
     "NonFiniteError",
     "NonFiniteGuard",
+    "NothingToForget",
     "SavePredictions",
     "SharpnessAware",
     "SharpnessEvaluation",

@@ -9,6 +9,7 @@ from torchlethe.components.fisher import DiagonalFisher
 from torchlethe.components.forget_samples import ForgetSamples
 from torchlethe.components.modes import batch_norm_in_eval, eval_mode, frozen_statistics, normalisation_parameters
 from torchlethe.components.random_relabel import RandomRelabel
+from torchlethe.components.restored import restored
 from torchlethe.components.saliency_mask import SaliencyMask
 from torchlethe.components.sharpness_engine import NonFiniteGradientError, SharpnessEngine
 
@@ -32,5 +33,6 @@ __all__ = [
     "frozen_statistics",
     "gather_in_order",
     "normalisation_parameters",
+    "restored",
     "world_size",
 ]

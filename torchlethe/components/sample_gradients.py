@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -182,15 +182,21 @@ def directional_derivatives(
     return table[table[:, -1] == 0, :-1][:limit]
 
 
-def gauss_newton_product(network: nn.Module, batches: Iterable[Any], vector: list[Tensor]) -> list[Tensor]:
-    """The Gauss-Newton matrix of the mean cross-entropy times a vector, summed over ranks.
-
-    It is the Fisher information under the network's own predictions: positive semi-definite wherever the network is.
+def curvature_product(
+    network: nn.Module,
+    batches: Iterable[Any],
+    vector: list[Tensor],
+    kind: Literal["gauss_newton", "empirical"] = "gauss_newton",
+) -> list[Tensor]:
+    r"""A curvature matrix of the mean cross-entropy times a vector, summed over ranks; no matrix is formed.
 
     Args:
         network: maps images to logits; it runs in eval mode.
         batches: on the network's device; read once.
         vector: tensors like the trainable parameters.
+        kind: ``gauss_newton``, the Gauss-Newton matrix, which is the Fisher information under the network's own
+            predictions; or ``empirical``, :math:`\frac1N \sum_n g_n g_n^\top` of the samples' gradients at their
+            labels. Both are positive semi-definite wherever the network is.
 
     Returns:
         Tensors like ``vector``.
@@ -208,7 +214,11 @@ def gauss_newton_product(network: nn.Module, batches: Iterable[Any], vector: lis
             logits, moved, *_ = jvp(logits_of, (weights,), (tangents,))
             p = torch.softmax(_float(logits), 1)
             valid = batch["label"] != PADDING_LABEL
-            curved = (p * moved - p * (p * moved).sum(1, keepdim=True)) * valid.unsqueeze(1)
+            if kind == "empirical":
+                residual = p - F.one_hot(batch["label"].clamp_min(0), p.shape[1]).to(p.dtype)
+                curved = residual * (residual * moved).sum(1, keepdim=True) * valid.unsqueeze(1)
+            else:
+                curved = (p * moved - p * (p * moved).sum(1, keepdim=True)) * valid.unsqueeze(1)
             back = vjp(logits_of, weights)[1](curved.to(logits.dtype))[0]
         torch._foreach_add_(sums, [back[name].detach().to(t.dtype) for name, t in zip(weights, sums, strict=True)])
         count = count.to(valid.device) + valid.sum()
@@ -223,12 +233,13 @@ def expected_squared_gradients(
     r"""Mean over batches of :math:`\sum_y \bar p(y)\,(\partial\,\overline{\mathrm{CE}}(\text{label } y))^2`.
 
     For each batch and class the gradient as if all its samples had that label, squared, weighted by the batch's mean
-    probability of the class (Golatkar et al., CVPR 2020, as coded). One forward pass and one batched backward pass.
+    probability of the class (Golatkar et al., CVPR 2020, as coded). One forward pass; on a GPU one batched backward
+    pass, on a CPU one for each class.
 
     Args:
         network: maps images to logits; it runs in eval mode.
         batches: on the network's device; the result depends on their size.
-        class_chunk: classes whose gradients are held at once; memory is ``class_chunk`` × parameters.
+        class_chunk: classes whose gradients are held at once on a GPU; memory is ``class_chunk`` × parameters.
 
     Returns:
         A tensor for each trainable parameter, and the number of samples of each class, ``(K,)``.
@@ -249,18 +260,21 @@ def expected_squared_gradients(
             share = all_reduce_sum(p.sum(0)) / total
             seen = torch.bincount(batch["label"][valid], minlength=classes)
             counts = seen if number == 0 else counts + seen
-            for some in torch.eye(classes, dtype=p.dtype, device=p.device).split(class_chunk):
+            # a CPU gains nothing from several at once, and its batched backward of convolutions is slower
+            size = 1 if p.device.type == "cpu" else class_chunk
+            for some in torch.eye(classes, dtype=p.dtype, device=p.device).split(size):
                 # the derivative of the mean cross-entropy by the logits, for each of these labels: (c, B, K)
                 towards = (p - some.unsqueeze(1) * valid.view(1, -1, 1)) / total
                 found = torch.autograd.grad(
                     logits,
                     parameters,
-                    towards,
+                    towards if size > 1 else towards[0],
                     retain_graph=True,
                     allow_unused=True,
                     materialize_grads=True,
-                    is_grads_batched=True,
+                    is_grads_batched=size > 1,
                 )
+                found = found if size > 1 else tuple(g.unsqueeze(0) for g in found)
                 found = tuple(all_reduce_sum_many([g.to(t.dtype) for g, t in zip(found, sums, strict=True)]))
                 torch._foreach_add_(sums, [torch.tensordot(some @ share, g.square(), 1) for g in found])
         number += 1
@@ -272,10 +286,16 @@ def expected_squared_gradients(
 
 @contextmanager
 def _forward_mode(network: nn.Module) -> Iterator[None]:
-    # fused attention has no forward-mode derivative; PyTorch's own first use of these warns of torch.jit
-    with eval_mode(network), torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    # fused attention and the fast path of nn.MultiheadAttention have no forward-mode derivative; PyTorch's own first
+    # use of these warns of torch.jit
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eval_mode(network), torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _parts(network: nn.Module) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -15,6 +15,7 @@ from torchlethe.data.hybrids import HybridDataset, Hybrids
 from torchlethe.data.images import ImageDataset, InMemoryImages
 from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise, UniformNoise
 from torchlethe.data.loaders import PositionedLoader
+from torchlethe.data.overlap import content_hashes, shared_images
 from torchlethe.data.roles import (
     ROLES,
     Feed,
@@ -72,6 +73,7 @@ __all__ = [
     "WrappedDataset",
     "as_batch",
     "class_balanced",
+    "content_hashes",
     "decode",
     "epoch_order",
     "feed_loader",
@@ -80,6 +82,7 @@ __all__ = [
     "model_input",
     "random_bits",
     "shard",
+    "shared_images",
     "stratified",
     "unit_range",
 ]

@@ -39,6 +39,10 @@ class Feed:
         """For each step of a loader epoch, the draw of each role that it reads."""
         raise NotImplementedError
 
+    def without(self, role: str) -> str | None:
+        """What to tell a user whose data has no such role, in a sentence; None for the general one."""
+        return None
+
     def loader(
         self, role_set: Callable[[str], Any], batch_size: int, seed: int = 0, **kwargs: Any
     ) -> PositionedLoader | None:
@@ -220,7 +224,7 @@ class RoleLoader(PositionedLoader):
     Args:
         datasets: Data set of each role.
         feed: :class:`Interleaved`, :class:`Paired` or :class:`Sequential`.
-        batch_size: Samples of a role per step and rank.
+        batch_size: Samples of a role per step and rank: one number, or one for each role.
         seed: Order seed, equal on all ranks.
         num_replicas: Number of ranks; by default that of ``torch.distributed``, or 1.
         rank: This rank; by default that of ``torch.distributed``, or 0.
@@ -234,7 +238,7 @@ class RoleLoader(PositionedLoader):
         self,
         datasets: Mapping[str, Dataset[Any]],
         feed: Feed,
-        batch_size: int = 128,
+        batch_size: int | Mapping[str, int] = 128,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -243,8 +247,9 @@ class RoleLoader(PositionedLoader):
         named = {role: datasets[role] for role in sorted(feed.roles) if role in datasets}
         if missing := [role for role in sorted(feed.roles) if role not in named or not len(named[role])]:  # type: ignore[arg-type]
             raise ValueError(f"datasets has no samples for the role {missing[0]!r}, but {feed} reads it.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
+        for size in [batch_size] if isinstance(batch_size, int) else batch_size.values():
+            if size < 1:
+                raise ValueError(f"batch_size is {size}, but must be at least 1.")
         # Lightning may re-create a loader with another sampler (`overfit_batches`); the order of roles is the feed's.
         for injected in ("sampler", "batch_sampler", "shuffle", "drop_last"):
             kwargs.pop(injected, None)

@@ -136,7 +136,7 @@ class RoleSampler(_Positioned):
     Args:
         feed: One of the feeds of :mod:`torchlethe.data.roles`.
         sizes: Number of samples of each role that the feed names.
-        batch_size: Samples of a role per step and rank.
+        batch_size: Samples of a role per step and rank: one number, or one for each role.
         num_replicas: Number of ranks; by default that of ``torch.distributed``, or 1.
         rank: This rank; by default that of ``torch.distributed``, or 0.
         seed: Order seed, equal on all ranks.
@@ -146,15 +146,16 @@ class RoleSampler(_Positioned):
         self,
         feed: Any,
         sizes: Mapping[str, int],
-        batch_size: int,
+        batch_size: int | Mapping[str, int],
         num_replicas: int | None = None,
         rank: int | None = None,
         seed: int = 0,
     ) -> None:
         num_replicas, rank = _replicas(num_replicas, rank)
         super().__init__(range(max(sizes.values())), num_replicas, rank, True, seed)  # type: ignore[arg-type]
-        self.feed, self.sizes, self.batch_size, self.skip = feed, dict(sizes), batch_size, 0
-        self.passes = {role: -(-size // (batch_size * num_replicas)) for role, size in sizes.items()}
+        self.feed, self.sizes, self.skip = feed, dict(sizes), 0
+        self.batch_sizes = dict.fromkeys(sizes, batch_size) if isinstance(batch_size, int) else dict(batch_size)
+        self.passes = {role: -(-size // (self.batch_sizes[role] * num_replicas)) for role, size in sizes.items()}
 
     def __len__(self) -> int:
         return self.feed.length(self.passes)
@@ -171,4 +172,5 @@ class RoleSampler(_Positioned):
             # the role's name salts the seed: equally large roles must not be shuffled alike
             order = epoch_order(self.sizes[role], mix_seed(self.seed, *role.encode()), number)
             current[role] = (number, shard(order, self.num_replicas, self.rank, flag_padding=False).tolist())
-        return number, current[role][1][batch * self.batch_size : (batch + 1) * self.batch_size]
+        size = self.batch_sizes[role]
+        return number, current[role][1][batch * size : (batch + 1) * size]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
@@ -15,6 +15,7 @@ from torchlethe.data.batches import IMAGE_KEYS, as_batch, unit_range
 from torchlethe.data.forget import ForgetIndices, ForgetRequest, ForgetSplit
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.loaders import PositionedLoader
+from torchlethe.data.overlap import shared_images
 from torchlethe.data.roles import ROLES, Feed, Single, feed_loader
 from torchlethe.data.wrapped import WrappedDataset
 from torchlethe.datamodules.base import ImageDataModule, as_input, loader_settings
@@ -31,6 +32,8 @@ class UnlearningDataModule(LightningDataModule):
     hooks are called as Lightning would. For a foreign module the labels come from ``targets`` or ``labels`` where it
     has them, evaluation of training data uses the test set's transform, and its own random transforms are neither
     reproduced nor resumed.
+
+    Forget images that the test set has too are counted in a warning: by content, for data in memory.
 
     Args:
         data: The datamodule to wrap.
@@ -116,7 +119,10 @@ class UnlearningDataModule(LightningDataModule):
             self._divide()
         if stage == "fit" and self.trainer is not None:
             # here rather than in `train_dataloader`: Lightning leaves DataLoader patched when a loader's hook raises
-            for role in self.feed().roles:
+            feed = self.feed()
+            for role in feed.roles:
+                if role not in self._sets and (sentence := feed.without(role)):
+                    raise ValueError(sentence)
                 self.role_set(role)
 
     def _divide(self) -> None:
@@ -133,6 +139,15 @@ class UnlearningDataModule(LightningDataModule):
         self._sets["remain"] = self._sets["train"].subset(split.remain)
         self.split = split
         self._log(split)
+        self._look_for_overlap()
+
+    def _look_for_overlap(self) -> None:
+        """Warn of images that are to be forgotten and judge the result too (known for data in memory)."""
+        if self._sets.get("test") and (shared := len(shared_images(self._sets["forget"], self._sets["test"]))):
+            rank_zero_warn(
+                f"{shared} of {len(self._sets['forget'])} forget images are in the test set too: test accuracy then "
+                "falls with forgetting and membership attacks take them for strangers; remove them from the test set."
+            )
 
     def _log(self, split: ForgetSplit) -> None:
         found = split.describe()

@@ -6,6 +6,7 @@ from torchlethe.lightning_modules.unlearning.amnesiac import Amnesiac
 from torchlethe.lightning_modules.unlearning.bad_teacher import BadTeacher
 from torchlethe.lightning_modules.unlearning.base import UnlearningModule
 from torchlethe.lightning_modules.unlearning.boundary import BoundaryExpand, BoundaryShrink
+from torchlethe.lightning_modules.unlearning.convolutions import CFW, CT, MSG
 from torchlethe.lightning_modules.unlearning.fine_tune import FineTune
 from torchlethe.lightning_modules.unlearning.fisher_forgetting import FisherForgetting
 from torchlethe.lightning_modules.unlearning.gradient_ascent import NPO, GradientAscent, NegGradPlus
@@ -25,7 +26,10 @@ from torchlethe.lightning_modules.unlearning.unsir import UNSIR
 
 __all__ = [
     "ASSD",
+    "CFW",
+    "CT",
     "LFSSD",
+    "MSG",
     "NPO",
     "SCRUB",
     "SSD",

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from torchlethe.data import PADDING_LABEL, model_input
 from torchlethe.io import load_weights
+from torchlethe.models.layout import channels_last_on_cpu
 
 
 class ClassificationModule(LightningModule):
@@ -83,9 +84,11 @@ class ClassificationModule(LightningModule):
         return frozenset({"train"})
 
     def configure_model(self) -> None:
-        """Refuse strategies that shard the network."""
+        """Refuse strategies that shard the network; on a CPU choose the layout in which it is fast."""
         if self.device_mesh is not None:
             raise ValueError(f"{type(self).__name__} does not run with sharded networks yet: use the strategy ddp.")
+        if self._trainer is not None and self.trainer.strategy.root_device.type == "cpu":
+            channels_last_on_cpu(self.network)
 
     def setup(self, stage: str) -> None:
         """Check that the network's head, the data and ``num_classes`` agree, and that the roles read are there."""
@@ -109,6 +112,13 @@ class ClassificationModule(LightningModule):
         self._labels_checked = False
         if not any(module.training for module in self.network.modules()):
             self.network.train()
+
+    def on_fit_end(self) -> None:
+        """Refuse to have done nothing: Lightning skips a fit without batches, and says so in a note at most."""
+        trainer: Any = self.trainer
+        if trainer.limit_train_batches and trainer.num_training_batches == 0:
+            roles = " and ".join(sorted(self.reads))
+            raise ValueError(f"the loader of {roles} is empty, but {type(self).__name__} needs samples.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look at the labels of the first batch, before the loss stumbles over one."""

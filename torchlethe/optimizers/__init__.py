@@ -1,8 +1,9 @@
-"""The sharpness-aware family as optimizers around any base optimizer, for plain PyTorch and Fabric."""
+"""The sharpness-aware family as optimizers around any base optimizer, for plain PyTorch and Fabric; schedules."""
 
 from torchlethe.optimizers.base import SharpnessAwareOptimizer
 from torchlethe.optimizers.manual import sam_step
 from torchlethe.optimizers.sam import ASAM, ESAM, GSAM, SAM, SAMON, WSAM, FriendlySAM, LookSAM, VaSSO
+from torchlethe.optimizers.schedules import WarmupDropLR, warmup_drop_factor
 
 __all__ = [
     "ASAM",
@@ -15,5 +16,7 @@ __all__ = [
     "LookSAM",
     "SharpnessAwareOptimizer",
     "VaSSO",
+    "WarmupDropLR",
     "sam_step",
+    "warmup_drop_factor",
 ]

@@ -4,6 +4,7 @@ from torchlethe.updates.amnesiac import AmnesiacUpdate
 from torchlethe.updates.bad_teacher import BadTeacherUpdate
 from torchlethe.updates.base import LossUpdate, UpdateRule
 from torchlethe.updates.boundary import BoundaryExpandUpdate, BoundaryShrinkUpdate
+from torchlethe.updates.convolutions import CFWUpdate, CTUpdate, MSGUpdate
 from torchlethe.updates.fine_tune import FineTuneUpdate
 from torchlethe.updates.fisher_forgetting import FisherForgettingUpdate
 from torchlethe.updates.gradient_ascent import GradientAscentUpdate, NegGradPlusUpdate, NPOUpdate
@@ -26,7 +27,9 @@ __all__ = [
     "BadTeacherUpdate",
     "BoundaryExpandUpdate",
     "BoundaryShrinkUpdate",
+    "CFWUpdate",
     "CFkUpdate",
+    "CTUpdate",
     "EUkUpdate",
     "FineTuneUpdate",
     "FisherForgettingUpdate",
@@ -35,6 +38,7 @@ __all__ = [
     "JiTUpdate",
     "L1SparseUpdate",
     "LossUpdate",
+    "MSGUpdate",
     "MUMisUpdate",
     "NPOUpdate",
     "NatMUUpdate",

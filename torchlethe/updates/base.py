@@ -48,6 +48,8 @@ class UpdateRule(ABC):
         prepared: whether ``prepare`` has run, or its outcome was restored.
         stopped: whether the rule has ended the run by itself, before its ``steps``; further steps would do nothing.
         prepares_augmented: whether ``prepare`` wants shuffled, augmented batches in place of fixed ones.
+        reads_ahead: whether ``prepare`` can use ``loaders["steps"]``, the batches of the steps to come as a Trainer
+            will pass them, from the first one each time that it is iterated over.
     """
 
     feed: Feed
@@ -55,6 +57,7 @@ class UpdateRule(ABC):
     prepared: bool = False
     stopped: bool = False
     prepares_augmented: bool = False
+    reads_ahead: bool = False
 
     @property
     def reads(self) -> frozenset[str]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlethe.components import world_size
+from torchlethe.components.kfac import KroneckerFisher
 from torchlethe.components.sample_gradients import (
+    curvature_product,
     directional_derivatives,
-    gauss_newton_product,
     mean_gradient,
     plain_batch,
     trainable,
@@ -34,36 +35,42 @@ class InfluenceUpdate(WeightEditor):
 
     Args:
         inverse: ``as_coded``, the published recursion over ``samples`` single remaining samples, which never leaves v
-            plus a multiple of the first sample's gradient, so it is a first-order step; ``cg``, conjugate gradients on
-            the damped Gauss-Newton matrix of the remaining data, the real thing; ``none``, k = v.
+            plus a multiple of the first sample's gradient, so it is a first-order step; ``true_woodfisher``, what that
+            recursion is meant to compute, the inverse of the damped empirical Fisher information of the remaining data;
+            ``cg``, that of the damped Gauss-Newton matrix, the real thing; ``kfac``, that of its Kronecker-factored
+            approximation (:class:`~torchlethe.components.kfac.KroneckerFisher`); ``none``, k = v.
         alpha: length of the step; for ``cg`` 1 is the Newton step. It has to be tuned.
         samples: remaining samples of the recursion, at most (``as_coded``).
         n0: the recursion's constant (``as_coded``).
-        damping: added to the diagonal of the Gauss-Newton matrix, above 0 (``cg``).
-        iterations: of conjugate gradients, at most (``cg``).
-        batches: remaining batches for the Gauss-Newton matrix; None takes all (``cg``).
+        damping: added to the diagonal of the matrix, above 0 (``true_woodfisher``, ``cg`` and ``kfac``).
+        iterations: of conjugate gradients, at most (``true_woodfisher`` and ``cg``).
+        batches: remaining batches for the matrix; None takes all (``true_woodfisher``, ``cg`` and ``kfac``).
+        seed: of the labels that ``kfac`` draws from the network's predictions.
 
     Raises:
         ValueError: an argument is out of range.
 
     Note:
+        ``true_woodfisher`` solves with conjugate gradients and matrix-free products, so no vector is stored for each
+        sample; the recursion itself, with the inverse of the damping as its start, ends in the same vector.
         ``as_coded`` needs inner products only and gets them by forward-mode differentiation in batches, in place of
         1002 backward passes of single samples. Under DDP the result is that of one process with the joined batches.
     """
 
     def __init__(
         self,
-        inverse: Literal["as_coded", "cg", "none"] = "as_coded",
+        inverse: Literal["as_coded", "true_woodfisher", "cg", "kfac", "none"] = "as_coded",
         alpha: float = 1.0,
         samples: int = 1002,
         n0: float = 1000.0,
         damping: float = 1e-2,
         iterations: int = 20,
         batches: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__("forget", "remain")
-        if inverse not in ("as_coded", "cg", "none"):
-            raise ValueError(f"inverse is '{inverse}', allowed are as_coded, cg and none.")
+        if inverse not in ("as_coded", "true_woodfisher", "cg", "kfac", "none"):
+            raise ValueError(f"inverse is '{inverse}', allowed are as_coded, true_woodfisher, cg, kfac and none.")
         counts = {"samples": samples, "iterations": iterations, "batches": 1 if batches is None else batches}
         for name, value in counts.items():
             if value < 1:
@@ -72,7 +79,7 @@ class InfluenceUpdate(WeightEditor):
             if not number > 0:
                 raise ValueError(f"{name} is {number}, it must be above 0.")
         self.inverse, self.alpha, self.samples, self.n0 = inverse, alpha, samples, n0
-        self.damping, self.iterations, self.batches = damping, iterations, batches
+        self.damping, self.iterations, self.batches, self.seed = damping, iterations, batches, seed
         self.direction: list[Tensor] = []
 
     def measure(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
@@ -85,7 +92,10 @@ class InfluenceUpdate(WeightEditor):
         self.direction = target
         if self.inverse == "as_coded":
             self.direction = self._recursion(network, loaders["remain"], target)
-        elif self.inverse == "cg":
+        elif self.inverse == "kfac":
+            fisher = KroneckerFisher(network, islice(loaders["remain"], self.batches), self.seed)
+            self.direction = fisher.solve(target, self.damping)
+        elif self.inverse in ("cg", "true_woodfisher"):
             self.direction, residual = self._conjugate_gradients(network, loaders["remain"], target)
             logs["influence_residual"] = residual
         return logs | {"influence_norm": float(_norm(self.direction))}
@@ -102,8 +112,11 @@ class InfluenceUpdate(WeightEditor):
         solution = [torch.zeros_like(t) for t in target]
         residual, direction = list(target), list(target)
         squared = start = _dot(residual, residual)
+        if not float(start):
+            return solution, 0.0  # both gradients are zero, as where every loss is exactly 0
+        kind: Literal["gauss_newton", "empirical"] = "gauss_newton" if self.inverse == "cg" else "empirical"
         for _ in range(self.iterations):
-            product = gauss_newton_product(network, islice(loader, self.batches), direction)
+            product = curvature_product(network, islice(loader, self.batches), direction, kind)
             torch._foreach_add_(product, direction, alpha=self.damping)
             step = squared / _dot(direction, product)
             solution = list(torch._foreach_add(solution, torch._foreach_mul(direction, step)))

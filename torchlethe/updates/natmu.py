@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from torchlethe.components import eval_mode, gather_in_order
+from torchlethe.components import all_reduce_sum, eval_mode, gather_in_order
 from torchlethe.data import Hybrids, ImageDataset, as_batch
 from torchlethe.data.hashing import generator_for
 from torchlethe.data.hybrids import shuffled
@@ -34,6 +35,9 @@ from torchlethe.updates.base import LossUpdate, OptimizerFactory, logits_and_lab
 def natmu_optimizer(parameters: Iterable[Any]) -> Optimizer:
     """AdamW with the official settings for CIFAR-10; weight decay acts on all parameters, biases too."""
     return AdamW(parameters, lr=1e-3, weight_decay=2e-3)
+
+
+_GUARD_BATCHES = 16  # of remaining images, on which the accuracy before unlearning is measured
 
 
 class NatMUUpdate(LossUpdate):
@@ -63,6 +67,8 @@ class NatMUUpdate(LossUpdate):
         augment_remain: augment remaining images.
         remain_fraction: share of the remaining images that an epoch reads.
         seed: seed of partners, random classes and new layers.
+        collapse_guard: stop the run (``stopped`` becomes true) after an epoch in which the accuracy on remaining
+            images, as trained on, was more than so many points below the original network's; None never stops.
 
     Raises:
         ValueError: an argument is out of range.
@@ -85,7 +91,10 @@ class NatMUUpdate(LossUpdate):
         augment_remain: bool = True,
         remain_fraction: float = 1.0,
         seed: int = 0,
+        collapse_guard: float | None = None,
     ) -> None:
+        if collapse_guard is not None and not 0 < collapse_guard <= 100:
+            raise ValueError(f"collapse_guard is {collapse_guard}, it must lie in (0, 100] points, or be None.")
         choices = {
             "classes": (classes, ("top", "confusion", "random")),
             "pairing": (pairing, ("deal", "reject", "walk")),
@@ -103,6 +112,9 @@ class NatMUUpdate(LossUpdate):
         self.classes, self.pairing, self.redistribute = classes, pairing, redistribute
         self.init_linear, self.lr_schedule, self.seed = init_linear, lr_schedule, seed
         self.feed = Hybrids(n_hybrids, delta, mask, resample, augment_remain, remain_fraction, seed)
+        self.collapse_guard = collapse_guard
+        self.hits = torch.zeros(2)
+        self.accuracy_before = 0.0
 
     @property
     def reads(self) -> frozenset[str]:
@@ -112,6 +124,7 @@ class NatMUUpdate(LossUpdate):
     def configure(self, network: nn.Module) -> list[Optimizer]:
         """One optimizer; forgets an earlier run's pairs."""
         self.prepared, self.feed.demand, self.feed.partners = False, None, None
+        self.stopped, self.hits = False, torch.zeros(2)
         if self.init_linear == "head":
             head_of(network)  # says now, not after the ranking, that there is none
         return super().configure(network)
@@ -135,6 +148,8 @@ class NatMUUpdate(LossUpdate):
                 stacklevel=2,
             )
         self.feed.pair(demand, partners)
+        if self.collapse_guard is not None:
+            self.accuracy_before = _accuracy(network, islice(loaders["remain"], _GUARD_BATCHES))
         if self.init_linear != "none":
             self._draw_linear_anew(network)
         self.prepared = True
@@ -207,17 +222,50 @@ class NatMUUpdate(LossUpdate):
                 "hybrid_accuracy": ((logits.argmax(1) == labels) * hybrid).sum() / count,
                 "lr": self.optimizers[0].param_groups[0]["lr"],
             }
+            if self.collapse_guard is not None:
+                right = ((logits.argmax(1) == labels) * (1 - hybrid)).sum()
+                self.hits = self.hits.to(right) + torch.stack([right, len(plain) - count])
         return losses.mean(), logs
+
+    def after_optimizer_step(self, k: int) -> None:
+        """At the end of an epoch, see whether the network has collapsed."""
+        if self.collapse_guard is None or (k + 1) % self.required_length()[1]:
+            return
+        right, seen = all_reduce_sum(self.hits).tolist()
+        self.hits = torch.zeros_like(self.hits)
+        accuracy = 100 * right / max(seen, 1)
+        if accuracy < self.accuracy_before - self.collapse_guard:
+            self.stopped = True
+            warnings.warn(
+                f"NatMU stopped after step {k + 1}: the accuracy on remaining images was {accuracy:.1f} % in this "
+                f"epoch and {self.accuracy_before:.1f} % before unlearning, more than collapse_guard="
+                f"{self.collapse_guard} points apart: lower the learning rate or delta.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Labels and partners of the hybrids; the masks follow from the arguments, later draws from the seed."""
-        return super().state_dict() | {"demand": self.feed.demand, "partners": self.feed.partners}
+        guard = {"hits": self.hits, "accuracy_before": self.accuracy_before, "stopped": self.stopped}
+        return super().state_dict() | {"demand": self.feed.demand, "partners": self.feed.partners} | guard
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         super().load_state_dict(state)
+        self.hits, self.accuracy_before, self.stopped = state["hits"], state["accuracy_before"], state["stopped"]
         parts = [state[name] for name in ("demand", "partners")]
         self.feed.demand, self.feed.partners = (None if part is None else part.cpu() for part in parts)
+
+
+def _accuracy(network: nn.Module, batches: Iterable[Any]) -> float:
+    """Accuracy in percent in eval mode, over all ranks."""
+    counts = torch.zeros(2)
+    with eval_mode(network), torch.no_grad():
+        for batch in batches:
+            logits, labels = logits_and_labels(network, batch)
+            right = (logits.argmax(1) == labels).sum()
+            counts = counts.to(logits.device) + torch.stack([right, (labels >= 0).sum()])
+    right, seen = all_reduce_sum(counts).tolist()
+    return 100 * right / max(seen, 1)
 
 
 def stored_labels(loader: Iterable[Any]) -> Tensor:

@@ -7,7 +7,7 @@ https://github.com/meghdadk/SCRUB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from torchlethe.components import all_reduce_sum, batch_norm_in_eval, eval_mode
-from torchlethe.data import PADDING_LABEL, Feed, model_input
+from torchlethe.components.teacher_logits import TeacherLogits
+from torchlethe.data import PADDING_LABEL, Feed, PositionedLoader, RoleLoader, model_input
 from torchlethe.functional.distillation import distillation_kl
 from torchlethe.updates.base import (
     Backward,
@@ -44,11 +45,13 @@ class ForgetThenRemain(Feed):
         epochs: passes over the remaining data.
         forget_epochs: epochs, from the first, that begin with a pass over the forget set.
         held_out: also name the validation role, for measurements.
+        forget_batch_size: samples of a forget batch and rank; None takes the size of the remaining batches.
     """
 
     epochs: int
     forget_epochs: int
     held_out: bool = False
+    forget_batch_size: int | None = None
 
     @property
     def roles(self) -> frozenset[str]:
@@ -67,6 +70,15 @@ class ForgetThenRemain(Feed):
                 yield from ({"forget": first + k} for k in range(batches["forget"]))
             first = (epoch * self.epochs + number) * batches["remain"]
             yield from ({"remain": first + k} for k in range(batches["remain"]))
+
+    @override
+    def loader(
+        self, role_set: Callable[[str], Any], batch_size: int, seed: int = 0, **kwargs: Any
+    ) -> PositionedLoader | None:
+        if self.forget_batch_size is None:
+            return None
+        sizes = dict.fromkeys(self.roles, batch_size) | {"forget": self.forget_batch_size}
+        return RoleLoader({role: role_set(role) for role in sorted(self.roles)}, self, sizes, seed, **kwargs)
 
 
 class SCRUBUpdate(KeepsOriginal, UpdateRule):
@@ -109,7 +121,11 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         lr_factor: float = 0.1,
         rewind: bool = False,
         bn_mode: BatchNormMode = "train",
+        forget_batch_size: int | None = None,
+        cache_teacher: bool = False,
     ) -> None:
+        if forget_batch_size is not None and forget_batch_size < 1:
+            raise ValueError(f"forget_batch_size is {forget_batch_size}, it must be at least 1.")
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}, it must be at least 1.")
         if not 0 <= msteps <= epochs:
@@ -130,7 +146,9 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         self.temperature, self.optimizer, self.bn_mode = temperature, optimizer, bn_mode
         self.lr_schedule, self.milestones, self.lr_factor = lr_schedule, tuple(milestones), lr_factor
         self.rewind = rewind
-        self.feed = ForgetThenRemain(epochs, msteps, rewind)
+        self.feed = ForgetThenRemain(epochs, msteps, rewind, forget_batch_size)
+        self.cache_teacher = cache_teacher
+        self.cached: dict[str, TeacherLogits] = {}
         self.passes: dict[str, int] = {}
         self.steps = 0
         self.loaders: Mapping[str, Iterable[Any]] = {}
@@ -139,7 +157,7 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
 
     def configure(self, network: nn.Module) -> list[Optimizer]:
         """One optimizer over all trainable parameters, and the teacher."""
-        self.prepared, self.history, self.chosen_epoch = False, [], None
+        self.prepared, self.history, self.chosen_epoch, self.cached = False, [], None, {}
         self.place_original(network)
         self.optimizers = [self.optimizer([p for p in network.parameters() if p.requires_grad])]
         return self.optimizers
@@ -150,8 +168,10 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         self.steps = self.feed.length(batches)
 
     def prepare(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
-        """Keep the loaders, which SCRUB+R measures on at the end of each epoch."""
+        """Keep the loaders, which SCRUB+R measures on at the end of each epoch; ask the teacher, if it is cached."""
         self.loaders = loaders
+        roles = ("forget", "remain") if self.cache_teacher else ()
+        self.cached = {role: TeacherLogits(self.original, loaders[role]) for role in roles}
         return super().prepare(network, loaders)
 
     def place(self, k: int) -> tuple[int, str, bool]:
@@ -185,8 +205,7 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         optimizer.zero_grad(set_to_none=True)
         with batch_norm_in_eval(network) if held else nullcontext():
             logits, labels = logits_and_labels(network, batch)
-        with torch.no_grad():
-            teacher, _ = logits_and_labels(self.original, batch)
+        teacher = self._teacher(role, batch)
         divergence = distillation_kl(logits, teacher, self.temperature)
         logs: dict[str, Tensor | float] = {"lr": optimizer.param_groups[0]["lr"]}
         if role == "forget":
@@ -200,6 +219,16 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         if self.rewind and last:
             logs |= self._remember(network, epoch)
         return logs
+
+    def _teacher(self, role: str, batch: dict[str, Any]) -> Tensor:
+        """The original's logits, in at least float32."""
+        if self.cache_teacher and role not in self.cached:
+            raise RuntimeError("SCRUBUpdate with cache_teacher needs prepare(network, loaders) before its steps.")
+        with torch.no_grad():
+            if role in self.cached:
+                found = self.cached[role](batch)
+                return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+            return logits_and_labels(self.original, batch)[0]
 
     def _remember(self, network: nn.Module, epoch: int) -> dict[str, Tensor | float]:
         if not self.loaders:

@@ -29,6 +29,10 @@ class BadTeacher(UnlearningModule):
         remain_share: random share of the remaining data that is used, in (0, 1].
         seed: of the ignorant teacher's weights and of the share.
         bn_mode: whether BatchNorm uses (and updates) its statistics from the batches: ``train`` or ``eval``.
+        mean: what the divergence is a mean over: ``elements``, samples and classes, as in the official code; or
+            ``samples``, K times larger, as in NatMU's version of the method.
+        cache_teacher: ask both teachers once for each sample in place of once a step; the same numbers, for training
+            without augmentation, else refused. It pays from the second epoch on.
 
     Raises:
         ValueError: an argument is out of range.
@@ -50,6 +54,8 @@ class BadTeacher(UnlearningModule):
         remain_share: float = 0.3,
         seed: int = 0,
         bn_mode: Literal["train", "eval"] = "train",
+        mean: Literal["elements", "samples"] = "elements",
+        cache_teacher: bool = False,
     ) -> None:
-        update = BadTeacherUpdate(optimizer, temperature, remain_share, seed, bn_mode)
+        update = BadTeacherUpdate(optimizer, temperature, remain_share, seed, bn_mode, mean, cache_teacher)
         super().__init__(network, num_classes, update, weights, lr_scheduler, lr_interval)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from torchlethe.data import Feed
+from torchlethe.components import eval_mode
+from torchlethe.data import Feed, model_input
 from torchlethe.io import file_hash
 from torchlethe.lightning_modules.base import ClassificationModule
 from torchlethe.updates import LossUpdate, UpdateRule
@@ -36,6 +38,9 @@ class UnlearningModule(ClassificationModule):
 
     A rule that is one loss a batch runs with automatic optimization; any other runs with manual optimization, stops by
     itself after its ``steps``, and counts one ``global_step`` a batch however many optimizer steps it takes.
+
+    ``forget_loss`` and ``remain_loss`` are logged in every step, what else a step measures in those that the Trainer
+    writes (``log_every_n_steps``) and at the end.
 
     The data comes from an :class:`~torchlethe.datamodules.UnlearningDataModule`, which hands over the roles that the
     rule reads and no other, or from plain loaders by role: ``trainer.fit(module, {"forget": …, "remain": …})`` (for
@@ -124,6 +129,7 @@ class UnlearningModule(ClassificationModule):
 
     def on_fit_end(self) -> None:
         """Give the Trainer its own limit back."""
+        super().on_fit_end()
         self.trainer.fit_loop.epoch_loop.max_steps = self._trainer_max_steps
 
     def configure_optimizers(self) -> Any:
@@ -138,6 +144,7 @@ class UnlearningModule(ClassificationModule):
         if self._restored is not None:
             self.update.load_state_dict(self._restored)
             self._restored = None
+        self._check_filled()
         if type(self.update).set_passes is not UpdateRule.set_passes:
             self.update.set_passes(self._passes())
             self._limit_steps()
@@ -146,10 +153,31 @@ class UnlearningModule(ClassificationModule):
             if 0 < steps < float("inf"):
                 self.update.set_length(int(steps), -(-int(batches) // self.trainer.accumulate_grad_batches))
         if not self.update.prepared:
-            logs = self.update.prepare(self.network, self._preparation_batches())
+            given = self._preparation_batches()
+            self._check_outputs(given[min(given)])
+            ahead = {"steps": StepsAhead(self.trainer)} if self.update.reads_ahead else {}
+            logs = self.update.prepare(self.network, given | ahead)
             if self.logger is not None and logs:
                 self.logger.log_metrics(logs, step=self.global_step)
         self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
+
+    def _check_outputs(self, batches: Iterable[Any]) -> None:
+        """Ask a network whose head nobody could look at for the logits of one image, before anything is done to it."""
+        if getattr(getattr(self.network, "head", None), "out_features", None) == self.num_classes:
+            return
+        # an iterator over a DataLoader draws from the global generator; training must not notice
+        with isolate_rng(), torch.no_grad(), eval_mode(self):
+            batch = next(iter(batches), None)
+            if batch is not None:
+                with self.trainer.precision_plugin.forward_context():
+                    self.training_logits(model_input(batch)["image"][:1])
+
+    def _check_filled(self) -> None:
+        """Refuse an empty loader among several: Lightning would end the epoch before its first step."""
+        given: Any = self.trainer.train_dataloader
+        for role, loader in given.items() if isinstance(given, dict) else ():
+            if isinstance(loader, Sized) and not len(loader):
+                raise ValueError(f"the loader of {role} is empty, but {type(self).__name__} needs samples.")
 
     def _passes(self) -> dict[str, int]:
         """The number of batches of a pass over each role that is served."""
@@ -196,7 +224,9 @@ class UnlearningModule(ClassificationModule):
             self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
         shown = {name: value for name, value in logs.items() if name in ("forget_loss", "remain_loss")}
         self.log_dict(shown, prog_bar=True, batch_size=1)
-        self.log_dict({name: value for name, value in logs.items() if name not in shown}, batch_size=1)
+        # each name costs a small step as much as a layer does, and between two writes nobody reads it
+        if self.trainer._logger_connector.should_update_logs or self.trainer.is_last_batch:
+            self.log_dict({name: value for name, value in logs.items() if name not in shown}, batch_size=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -210,6 +240,7 @@ class UnlearningModule(ClassificationModule):
         super().optimizer_step(*args, **kwargs)
         if isinstance(self.update, LossUpdate):
             self.update.after_optimizer_step(k)
+            self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
 
     def on_train_end(self) -> None:
         """Let the rule look back; say when the run was cut short, as its schedule then never came to its end."""
@@ -251,19 +282,51 @@ class TransferredBatches:
 
     Args:
         loader: the role's batches.
-        role: its name.
+        role: its name; None for batches that are such dicts already.
         trainer: the Trainer whose device, precision and hooks apply.
     """
 
-    def __init__(self, loader: Iterable[Any], role: str, trainer: Trainer) -> None:
+    def __init__(self, loader: Iterable[Any], role: str | None, trainer: Trainer) -> None:
         self.loader, self.role, self.trainer = loader, role, trainer
 
     def __iter__(self) -> Iterator[Any]:
         trainer, module = self.trainer, self.trainer.lightning_module
         for batch in self.loader:
-            wrapped: Any = trainer.precision_plugin.convert_input({self.role: batch})
+            wrapped: Any = batch if self.role is None else {self.role: batch}
+            wrapped = trainer.precision_plugin.convert_input(wrapped)
             wrapped = module._on_before_batch_transfer(wrapped, dataloader_idx=0)
-            yield trainer.strategy.batch_to_device(wrapped, dataloader_idx=0)[self.role]
+            wrapped = trainer.strategy.batch_to_device(wrapped, dataloader_idx=0)
+            yield wrapped if self.role is None else wrapped[self.role]
+
+
+class StepsAhead:
+    """The batches of a fit's first steps, as the Trainer will pass them; reading them leaves its place alone.
+
+    From plain loaders by role: batches in that order, though not the same ones where the loaders shuffle.
+
+    Args:
+        trainer: a Trainer whose module reads forget and remain.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "role_loader"):
+            return iter(TransferredBatches(datamodule.train_dataloader(), None, self.trainer))
+        return self._cycled()
+
+    def _cycled(self) -> Iterator[dict[str, Any]]:
+        given: Any = self.trainer.train_dataloader
+        roles = {role: TransferredBatches(given[role], role, self.trainer) for role in ("forget", "remain")}
+        sources = {role: iter(batches) for role, batches in roles.items()}
+        while True:
+            batch = {role: next(source, None) for role, source in sources.items()}
+            for role in [role for role, part in batch.items() if part is None]:
+                sources[role] = iter(roles[role])
+                batch[role] = next(sources[role])
+            yield batch
 
 
 def in_order(loader: Any, trainer: Trainer) -> Any:

@@ -18,15 +18,17 @@ class InfluenceUnlearning(UnlearningModule):
         network: the trained classifier, see :class:`~torchlethe.lightning_modules.unlearning.base.UnlearningModule`.
         num_classes: number of classes.
         weights: file with the original model's weights.
-        inverse: ``as_coded``, the published "WoodFisher" recursion, which is a first-order step; ``cg``, conjugate
-            gradients on the damped Gauss-Newton matrix of the remaining data, a real inverse; ``none``, the difference
-            of the two mean gradients itself.
+        inverse: ``as_coded``, the published "WoodFisher" recursion, which is a first-order step; ``true_woodfisher``,
+            what it is meant to compute, the inverse of the remaining data's damped empirical Fisher information;
+            ``cg``, that of its damped Gauss-Newton matrix; ``kfac``, that of the Kronecker-factored approximation, with
+            one pass over the data; ``none``, the difference of the two mean gradients itself.
         alpha: length of the step, to be tuned; for ``cg`` 1 is the Newton step.
         samples: remaining samples of the recursion, at most.
         n0: the recursion's constant.
-        damping: added to the diagonal of the Gauss-Newton matrix, above 0.
-        iterations: of conjugate gradients, at most.
-        batches: remaining batches for the Gauss-Newton matrix; None takes all, in every iteration.
+        damping: added to the diagonal of the matrix, above 0.
+        iterations: of conjugate gradients (``true_woodfisher`` and ``cg``), at most.
+        batches: remaining batches for the matrix; None takes all, in every iteration.
+        seed: of the labels that ``kfac`` draws from the network's predictions.
 
     Raises:
         ValueError: an argument is out of range.
@@ -43,13 +45,14 @@ class InfluenceUnlearning(UnlearningModule):
         network: nn.Module,
         num_classes: int,
         weights: str | Path | None = None,
-        inverse: Literal["as_coded", "cg", "none"] = "as_coded",
+        inverse: Literal["as_coded", "true_woodfisher", "cg", "kfac", "none"] = "as_coded",
         alpha: float = 1.0,
         samples: int = 1002,
         n0: float = 1000.0,
         damping: float = 1e-2,
         iterations: int = 20,
         batches: int | None = None,
+        seed: int = 0,
     ) -> None:
-        update = InfluenceUpdate(inverse, alpha, samples, n0, damping, iterations, batches)
+        update = InfluenceUpdate(inverse, alpha, samples, n0, damping, iterations, batches, seed)
         super().__init__(network, num_classes, update, weights)

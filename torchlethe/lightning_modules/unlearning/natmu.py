@@ -48,6 +48,9 @@ class NatMU(UnlearningModule):
         augment_remain: augment remaining images as the datamodule does; hybrids never are.
         remain_fraction: share of the remaining images that an epoch reads, in (0, 1]; another part each epoch.
         seed: seed of what the method draws, apart from the order of the data.
+        collapse_guard: stop, with a warning, after an epoch in which the accuracy on remaining images, as they are
+            trained on, was more than so many points below the original network's in eval mode; None never stops.
+            Augmentation alone costs a few points, so give it room (20 to 30).
 
     Raises:
         ValueError: an argument is out of range, or the data cannot be mixed.
@@ -86,6 +89,7 @@ class NatMU(UnlearningModule):
         augment_remain: bool = True,
         remain_fraction: float = 1.0,
         seed: int = 0,
+        collapse_guard: float | None = None,
     ) -> None:
         update = NatMUUpdate(
             optimizer=optimizer,
@@ -101,6 +105,7 @@ class NatMU(UnlearningModule):
             augment_remain=augment_remain,
             remain_fraction=remain_fraction,
             seed=seed,
+            collapse_guard=collapse_guard,
         )
         super().__init__(network, num_classes, update, weights)
 

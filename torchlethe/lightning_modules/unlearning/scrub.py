@@ -37,6 +37,10 @@ class SCRUB(UnlearningModule):
             error on validation data of the same classes; the datamodule must set such data apart.
         bn_mode: whose statistics BatchNorm uses and gathers: those of every batch (``train``), of none (``eval``), or
             of remaining batches only (``remain``).
+        forget_batch_size: samples of a forget batch and process; None takes the datamodule's batch size. Official for
+            large networks: 32 beside 128. Needs an UnlearningDataModule.
+        cache_teacher: ask the original once for each sample in place of once a step; the same numbers, for training
+            without augmentation, else refused.
 
     Raises:
         ValueError: an argument is out of range, or the precision is fp16.
@@ -63,6 +67,8 @@ class SCRUB(UnlearningModule):
         lr_factor: float = 0.1,
         rewind: bool = False,
         bn_mode: Literal["train", "eval", "remain"] = "train",
+        forget_batch_size: int | None = None,
+        cache_teacher: bool = False,
     ) -> None:
         update = SCRUBUpdate(
             epochs=epochs,
@@ -76,5 +82,7 @@ class SCRUB(UnlearningModule):
             lr_factor=lr_factor,
             rewind=rewind,
             bn_mode=bn_mode,
+            forget_batch_size=forget_batch_size,
+            cache_teacher=cache_teacher,
         )
         super().__init__(network, num_classes, update, weights)
