@@ -74,6 +74,26 @@ def test_the_split_is_logged(tmp_path):
     assert float(rows[2]["alpha"]) == pytest.approx(12.5)
 
 
+def test_diagnostics_come_in_the_steps_that_are_written(tmp_path):
+    """By hand (SFRon) and by Lightning (FineTune) alike: the rows of the log are whole, and so is the last step."""
+    for module, steps in (
+        (SFRon(small_network(), 10, steps=8, forget_every=1), 8),
+        (FineTune(small_network(), 10), 17),
+    ):
+        logger = CSVLogger(tmp_path, name=type(module).__name__, version="")
+        trainer = quiet_trainer(logger=logger, max_epochs=1, log_every_n_steps=3)
+        extra, log_dict = [], module.log_dict
+
+        def note(values, *args, inner=log_dict, seen=extra, module=module, **kwargs):
+            seen += [module.trainer.fit_loop.epoch_loop.total_batch_idx + 1] if "remain_loss" not in values else []
+            inner(values, *args, **kwargs)
+
+        module.log_dict = note
+        trainer.fit(module, datamodule=forgetful_digits())
+        assert trainer.global_step == steps
+        assert extra == [*range(3, steps, 3), steps]
+
+
 def test_plain_loaders_by_role_need_no_datamodule():
     loaders = {
         role: DataLoader(TensorDataset(torch.rand(n, 1, 8, 8), torch.arange(n) % 10), batch_size=8)

@@ -213,6 +213,23 @@ def test_an_activation_in_place_does_not_change_the_factors(loaders):
         torch.testing.assert_close(networks[1].factors[name], (a, g))
 
 
+def test_a_layer_that_reads_a_table_has_a_diagonal(loaders):
+    class Biased(nn.Module):
+        """As relative positions in Swin V2: a layer turns a table of places into a bias."""
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc = nn.Linear(2, 36), nn.Linear(36, 4)
+
+        def forward(self, image):
+            return self.fc(image.flatten(1) * self.table(torch.ones(1, 3, 2, dtype=image.dtype)).mean((0, 1)))
+
+    torch.manual_seed(0)
+    fisher = KroneckerFisher(Biased().double(), loaders["remain"])
+    assert set(fisher.factors) == {"fc"}
+    assert all(part.isfinite().all() for part in fisher.solve([v.clone() for v in fisher.diagonal.values()], 0.1))
+
+
 def test_padding_counts_for_nothing(network, loaders):
     padding = {"image": torch.rand(3, 1, 6, 6, dtype=torch.float64), "label": torch.full((3,), -100)}
     batch = loaders["remain"][0]

@@ -12,7 +12,7 @@ from tests.golden_networks import Tiny, fixed_batches
 from tests.helpers import assert_same_bits
 from torchlethe.components import restored
 from torchlethe.updates import SFRonUpdate
-from torchlethe.updates.strength import find_strength, geometric_probe, mean_loss
+from torchlethe.updates.strength import find_strength, geometric_probe, mean_loss, occurring
 
 
 def problem(memorised=True):
@@ -179,3 +179,16 @@ def test_only_the_level_needs_held_out_data():
     assert SFRonUpdate(alpha="auto").reads == {"forget", "remain", "validation"}
     assert SFRonUpdate(alpha="auto", auto_alpha_target=1.0).reads == {"forget", "remain"}
     assert SFRonUpdate().reads == {"forget", "remain"}
+
+
+def test_the_classes_that_remain_are_read_no_further_than_needed():
+    read = []
+
+    def batches():
+        for number, labels in enumerate(([0, 1, -100], [1, 3], [2, 2])):
+            read.append(number)
+            yield {"image": torch.zeros(len(labels), 1, 2, 2), "label": torch.tensor(labels)}
+
+    assert occurring(batches(), {1, 3}) == {1, 3}
+    assert read == [0, 1]
+    assert occurring(batches(), {0, 5}) == {0}

@@ -60,7 +60,7 @@ class NothingToForget(Callback):
         with isolate_rng(), torch.no_grad(), eval_mode(pl_module):
             message = self._judge(trainer, pl_module, datamodule)
         if message and trainer.is_global_zero:
-            warnings.warn(f"nothing to forget? {message}: check weights and forget request.", stacklevel=2)
+            warnings.warn(f"nothing to forget? {message}.", stacklevel=2)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any) -> str | None:
         loaders = datamodule.evaluation_loaders()
@@ -72,7 +72,8 @@ class NothingToForget(Callback):
                 return None
             return (
                 f"the network knows {100 * right / count:.1f} % of the forget images, no more than a guess among "
-                f"{datamodule.num_classes} classes, as if it had not been trained on these classes"
+                f"{datamodule.num_classes} classes, as if it had not been trained on these classes: check weights and "
+                "forget request"
             )
         name = "test_forget" if "test_forget" in loaders else "test"
         unseen, other, other_square, _ = self._measure(trainer, pl_module, datamodule, loaders[name]).tolist()
@@ -82,7 +83,8 @@ class NothingToForget(Callback):
             return None
         return (
             f"the network's mean loss is {means[0]:.3g} on the forget images and {means[1]:.3g} on test images, no "
-            "sign that it was trained on the former"
+            "sign that it was trained on the former: either weights or forget request are the wrong ones, or it "
+            "generalises so well that there is little to forget"
         )
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any, loader: Any) -> Tensor:

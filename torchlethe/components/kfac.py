@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,9 @@ class KroneckerFisher:
     For a linear layer with inputs a (a 1 appended where it has a bias) and gradients g by its outputs the block is
     :math:`A \otimes G` with :math:`A = E[a a^\top]` and :math:`G = E[g g^\top]`; for a convolution a are its patches,
     summed over positions in A and averaged in G. Labels are drawn from the network's own predictions, once for each
-    sample. Other parameters (normalisation, tokens, layers that run twice in a pass or inside fused operations) have a
-    diagonal, the mean over samples of the squared gradients, estimated from batch sums: the labels' randomness makes
-    the cross terms vanish on average.
+    sample. Other parameters (normalisation, tokens, layers that run twice in a pass, inside fused operations or on
+    something else than samples) have a diagonal, the mean over samples of the squared gradients, estimated from batch
+    sums: the labels' randomness makes the cross terms vanish on average.
 
     Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015,
     https://arxiv.org/abs/1503.05671; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for
@@ -70,7 +70,7 @@ class KroneckerFisher:
                 index = index.clone() if index is not None else seen + torch.arange(len(valid), device=valid.device)
                 drawn = _draw(logits.detach(), index, seed).masked_fill(~valid, PADDING_LABEL)
                 loss = sample_cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), drawn).sum()
-                dropped |= {name for name in self.layers if len(calls.get(name, ())) != 1}
+                dropped |= {name for name in self.layers if not _once_a_sample(calls.get(name, ()), len(valid))}
                 used = [name for name in self.layers if name not in dropped]
                 outputs = [calls[name][0][1] for name in used]
                 weights = list(trainable(network).values())
@@ -157,6 +157,11 @@ class KroneckerFisher:
             if has_bias:
                 found[bias] = rows[:, -1].to(given[bias])
         return [found[name] for name in self.names]
+
+
+def _once_a_sample(calls: Sequence[tuple[Tensor, Tensor]], samples: int) -> bool:
+    """Whether a layer ran once in a pass, on rows that belong to samples; a table of positions does not."""
+    return len(calls) == 1 and len(calls[0][0]) % samples == 0
 
 
 def _damped(matrix: Tensor, amount: Tensor) -> Tensor:

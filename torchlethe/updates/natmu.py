@@ -251,7 +251,9 @@ class NatMUUpdate(LossUpdate):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         super().load_state_dict(state)
-        self.hits, self.accuracy_before, self.stopped = state["hits"], state["accuracy_before"], state["stopped"]
+        # a checkpoint from before the guard has none of its state
+        self.hits, self.stopped = state.get("hits", torch.zeros(2)), state.get("stopped", False)
+        self.accuracy_before = state.get("accuracy_before", 0.0)
         parts = [state[name] for name in ("demand", "partners")]
         self.feed.demand, self.feed.partners = (None if part is None else part.cpu() for part in parts)
 

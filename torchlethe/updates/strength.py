@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchlethe.components import all_reduce_sum, eval_mode, restored, world_size
 from torchlethe.components.distributed import all_reduce_sum_many
-from torchlethe.data import PADDING_LABEL, Interleaved
+from torchlethe.data import PADDING_LABEL, Interleaved, model_input
 from torchlethe.updates.base import logits_and_labels
 
 START = 25.0
@@ -65,6 +65,24 @@ def mean_loss(network: nn.Module, batches: Iterable[Any]) -> tuple[float, set[in
     if not sum(per_class):
         raise ValueError("the mean loss needs at least one sample, the loader gave only padding.")
     return loss_ / sum(per_class), {label for label, count in enumerate(per_class) if count}
+
+
+def occurring(batches: Iterable[Any], classes: set[int]) -> set[int]:
+    """Which of some classes occur in the batches of any rank; each rank reads on until it has seen all of them.
+
+    Args:
+        batches: on a rank's device.
+        classes: labels, the same on every rank.
+    """
+    wanted = torch.tensor(sorted(classes))
+    found = torch.zeros(len(wanted), dtype=torch.long)
+    for raw in batches:
+        labels = model_input(raw)["label"]
+        wanted, found = wanted.to(labels.device), found.to(labels.device)
+        found |= torch.isin(wanted, labels).long()
+        if bool(found.all()):
+            break
+    return {label for label, count in zip(wanted.tolist(), all_reduce_sum(found).tolist(), strict=True) if count}
 
 
 def averaged_backward(parameters: Iterable[nn.Parameter]) -> Callable[[Tensor], None]:
@@ -160,8 +178,7 @@ def find_strength(
         before, classes = mean_loss(network, loaders["forget"])
         if target is None:
             target, _ = mean_loss(network, loaders["validation"])
-            _, remaining = mean_loss(network, loaders["remain"])
-            if gone := sorted(classes - remaining):
+            if gone := sorted(classes - occurring(loaders["remain"], classes)):
                 raise ValueError(
                     f"alpha is 'auto', but all of class {gone[0]} is to be forgotten, and held-out images of a class "
                     "that the original knows say nothing about its loss after retraining: give auto_alpha_target or a "

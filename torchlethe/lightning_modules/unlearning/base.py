@@ -129,8 +129,8 @@ class UnlearningModule(ClassificationModule):
 
     def on_fit_end(self) -> None:
         """Give the Trainer its own limit back."""
-        super().on_fit_end()
         self.trainer.fit_loop.epoch_loop.max_steps = self._trainer_max_steps
+        super().on_fit_end()
 
     def configure_optimizers(self) -> Any:
         """The rule's optimizers, and with manual optimization the one that counts batches."""
@@ -213,19 +213,21 @@ class UnlearningModule(ClassificationModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the rule."""
         loss: Tensor | None = None
+        k, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if isinstance(self.update, LossUpdate):
             if isinstance(batch, dict) and len(self.reads) == 1 and set(batch) == self.reads:
                 (batch,) = batch.values()
-            loss, logs = self.update.loss(self.network, batch, self.global_step)
+            loss, logs = self.update.loss(self.network, batch, k)
         else:
-            logs = self.update.step(self.network, batch, self.global_step, self.manual_backward)
+            logs = self.update.step(self.network, batch, k, self.manual_backward)
             counter: Any = self.optimizers()  # a list, unless the rule has no optimizer of its own
             (counter[0] if isinstance(counter, list) else counter).step()
             self.trainer.should_stop = self.trainer.should_stop or self.update.stopped
         shown = {name: value for name, value in logs.items() if name in ("forget_loss", "remain_loss")}
         self.log_dict(shown, prog_bar=True, batch_size=1)
         # each name costs a small step as much as a layer does, and between two writes nobody reads it
-        if self.trainer._logger_connector.should_update_logs or self.trainer.is_last_batch:
+        written = every and (k + 1) % every == 0
+        if written or self.trainer.is_last_batch or self.trainer.should_stop:
             self.log_dict({name: value for name, value in logs.items() if name not in shown}, batch_size=1)
         return loss
 
