@@ -20,6 +20,13 @@ from torchlethe.metrics.sensitivity import InputSensitivity
 from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
 from torchlethe.metrics.support_vectors import simple_membership, svc_membership
+from torchlethe.metrics.universal import (
+    DominanceRatio,
+    FeatureGathering,
+    FoolingRatio,
+    NeuralCollapse,
+    TargetSuccess,
+)
 
 __all__ = [
     "METRIC_DEFINITIONS",
@@ -28,6 +35,9 @@ __all__ = [
     "BadTeacherMembership",
     "Completeness",
     "DivergenceToReference",
+    "DominanceRatio",
+    "FeatureGathering",
+    "FoolingRatio",
     "HessianTopEigenvalue",
     "HessianTrace",
     "InputSensitivity",
@@ -36,10 +46,12 @@ __all__ = [
     "MembershipSVC",
     "MembershipThreshold",
     "MetricDefinition",
+    "NeuralCollapse",
     "RoleAccuracy",
     "RuntimeMeter",
     "SharpnessMetric",
     "SimpleMembership",
+    "TargetSuccess",
     "TugOfWar",
     "Wasserstein1",
     "ZeroRetrainForgetting",

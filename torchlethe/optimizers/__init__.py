@@ -3,6 +3,7 @@
 from torchlethe.optimizers.base import SharpnessAwareOptimizer
 from torchlethe.optimizers.manual import sam_step
 from torchlethe.optimizers.sam import ASAM, ESAM, GSAM, SAM, SAMON, WSAM, FriendlySAM, LookSAM, VaSSO
+from torchlethe.optimizers.schedules import WarmMultiStep
 
 __all__ = [
     "ASAM",
@@ -15,5 +16,6 @@ __all__ = [
     "LookSAM",
     "SharpnessAwareOptimizer",
     "VaSSO",
+    "WarmMultiStep",
     "sam_step",
 ]
