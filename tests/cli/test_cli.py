@@ -133,6 +133,12 @@ ERRORS = {
         "SFRon changes a trained network",
         "--model.weights",
     ],
+    "PROTECT AdversarialPoisoning --model.num_classes 10": ["AdversarialPoisoning protects with a trained network", "--model.weights"],
+    "PROTECT ErrorMinimizing --model.num_classes 10 --model.objective emax": ["ErrorMinimizing protects with a trained network"],
+    "fit --config digits/uap_data.yaml --config digits/fg_uap.yaml": [
+        "FeatureGatheringUAP attacks a trained network",
+        "--model.weights",
+    ],
     "DRY --data.batch_sise 3": ["--data.batch_sise", "did you mean 'batch_size'"],
     "DRY --data.batch_size three": ["--data.batch_size", "three", "int"],
     "DRY --data.batch_size 0": ["batch_size is 0"],
@@ -168,6 +174,8 @@ def test_an_error_is_one_sentence_with_the_key(line, parts, tmp_path, capfd):
     (tmp_path / "damaged.ckpt").write_bytes(b"hello")
     torch.save({"a": torch.zeros(2)}, tmp_path / "plain.ckpt")
     line = line.replace("FORGET", "DRY --data UnlearningDataModule --data.data DigitsDataModule --data.forget")
+    start = "predict --data ProtectionDataModule --data.data DigitsDataModule --model"
+    line = line.replace("PROTECT", start) + " --model.network SmallCNN" * line.startswith("PROTECT")
     assert main(words(line[3:]) if line.startswith("DRY") else shlex.split(line)) == 2
     lines = [text for text in capfd.readouterr().err.splitlines() if text.startswith("lethe")]
     assert len(lines) == 1, lines

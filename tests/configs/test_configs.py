@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from torchvision import datasets
 
 from torchlethe._cli.catalog import configs_folder
 from torchlethe.cli import main
-from torchlethe.io import save_weights
-from torchlethe.models import SmallCNN, normalized, resnet8, resnet18, torchvision_network
+from torchlethe.components.checkpoint_folder import Checkpoint, write_list
+from torchlethe.io import file_hash, save_weights
+from torchlethe.models import SmallCNN, normalized, resnet8, resnet18, resnet20, torchvision_network
 from torchlethe.study import load_study, plan_jobs
 from torchlethe.study.search import trial_job
 from torchlethe.study.search_space import parse_search
@@ -30,6 +32,14 @@ STAND_IN = "shufflenet_v2_x0_5"  # Swin-T runs once; where weights are loaded, a
 SHORTER = {  # what takes long beside everything else
     "unlearning/unsir.yaml": "--model.init_args.noise_batch=8",
     "influence_cg.yaml": "--model.init_args.iterations=2",
+}
+QUICK: dict[str, dict[str, object]] = {  # baseline protections whose preparation would take a while
+    "em": {"rounds": 1, "steps": 1, "stop_error": 1.0},
+    "em_class": {"rounds": 1, "stop_error": 1.0},
+    "rem": {"train_steps": 1, "steps": 1, "attack_steps": 1},
+    "deep_confuse": {"rounds": 1, "steps": 1},
+    "hypocritical": {"steps": 1},
+    "tensor_clog": {"steps": 1},
 }
 CPU = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -103,15 +113,33 @@ def small(tmp_path_factory):
         "digits": SmallCNN(),
         "cifar10": normalized(resnet18(), "cifar10"),
         "cifar10_small": normalized(resnet8(), "cifar10"),
+        "cifar10_resnet20": normalized(resnet20(), "imagenet"),
+        "digits_pooled": SmallCNN(pooled=True),
+        "cifar10_small_pooled": normalized(SmallCNN(in_channels=3, image_size=32, pooled=True), "cifar10"),
         "tiny_imagenet": normalized(torchvision_network(STAND_IN, 200), "imagenet"),
     }
     for name, network in networks.items():
-        save_weights(network, root / f"{name}.safetensors")
+        weights = save_weights(network, root / f"{name}.safetensors")
+        folder = root / name.removesuffix("_pooled") / "ensemble"
+        if name in ("digits_pooled", "cifar10", "cifar10_small_pooled"):
+            folder.mkdir(parents=True)
+            shutil.copy(weights, folder / "one.safetensors")
+            two = [Checkpoint("one.safetensors", epoch, 1, file_hash(weights)) for epoch in range(2)]
+            write_list(folder, two, submodule="network", dtype="native", complete=True, num_classes=10)
     overrides = {
         "digits": {},
         "cifar10": {"root": cifar, "download": "false", "batch_size": 8},
         "cifar10_small": {"path": cifar, "subset": 20, "batch_size": 8},
+        "cifar10_resnet20": {"path": cifar, "subset": 20, "batch_size": 8, "validation": 4},
         "tiny_imagenet": {"root": tiny, "image_size": 16, "input_size": 32, "batch_size": 50},
+        "imagenet": {
+            "root": tiny,
+            "test_folder": "train",
+            "image_size": 32,
+            "subset": 200,
+            "validation": 20,
+            "num_workers": 0,
+        },
         "sharpness": {"root": cifar, "download": "false", "batch_size": 2},
     }
     yield {name: (values, root / f"{name}.safetensors") for name, values in overrides.items()}
@@ -121,13 +149,29 @@ def small(tmp_path_factory):
 def run(name, command, words, small, weights, folder):
     """Run a command line with small data; the names of the data's arguments depend on whether it is wrapped."""
     values, _ = small[name]
-    data = "--data.init_args.data.init_args" if any("forget_" in word for word in words) else "--data.init_args"
+    wrapped = any(part in word for word in words for part in ("forget_", "proxy", "protect_data", "appropriator"))
+    data = "--data.init_args.data.init_args" if wrapped else "--data.init_args"
     words = [*words, *CPU, *(f"{data}.{key}={value}" for key, value in values.items())]
     words += [f"--trainer.default_root_dir={folder}", f"--model.init_args.weights={weights}"] if weights else []
     words += [option for part, option in SHORTER.items() if any(word.endswith(part) for word in words)]
+    stems = [Path(word).stem for word in words if word.endswith(".yaml")]
+    few: dict[str, object] = {}
+    if any(stem.startswith(("sep", "checkpoint_")) for stem in stems):
+        few = {"ensemble": small[name][1].with_name(name) / "ensemble", "checkpoints": 2}
+    if any(stem.startswith("sep") for stem in stems):
+        few |= {"steps": 1} | ({"inner_steps": 1} if any("vr" in stem for stem in stems) else {})
+    if any(stem.startswith("ap_") for stem in stems):
+        few = {"steps": 2, "restarts": 1}
+    few |= next((values for stem, values in QUICK.items() if stem in stems), {})
+    words += [f"--model.init_args.{key}={value}" for key, value in few.items()]
+    words += ["--data.init_args.batch_size=4"] if few and "protect_data" in stems else []
     if name == "tiny_imagenet":
         network = "--model.init_args.network.init_args.network.init_args"
         words += [f"{network}.pretrained=false", *([f"{network}.name={STAND_IN}"] if weights else [])]
+    if name == "imagenet":
+        network = "--model.init_args.network.init_args.network.init_args"
+        words += [f"{network}.pretrained=false", f"{network}.name={STAND_IN}", f"{network}.num_classes=200"]
+        words += ["--model.init_args.num_classes=200", "--trainer.precision=32"]
     if any("deit" in word for word in words):
         network = "--model.init_args.network.init_args.network.init_args"
         words += [f"{network}.pretrained=false", f"{network}.options.img_size=32", f"{data}.input_size=32"]
@@ -156,6 +200,9 @@ def test_every_file_is_used():
 def test_command_in_a_comment_runs(words, small, tmp_path, capfd):
     name = next(Path(word).parent.name for word in words if ".yaml" in word)
     weights = small[name][1] if "--model.weights" in words else None
+    texts = [(CONFIGS.parent / word).read_text() for word in words if word.endswith(".yaml")]
+    if weights and any("pooled_network" in text or "protection_network" in text for text in texts):
+        weights = weights.with_name(f"{name}_pooled.safetensors")
     words = [word for word in words if word not in ("--model.weights", "weights.safetensors")]
     assert run(name, words[0], words[1:], small, weights, tmp_path) == 0
     assert "dropped" not in capfd.readouterr().err

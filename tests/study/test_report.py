@@ -15,9 +15,10 @@ from PIL import Image
 from torchlethe.cli import main
 from torchlethe.study import load_study, plan_jobs
 from torchlethe.study.collect import collect
-from torchlethe.study.figures import Bar, bar_plot, histogram, inline
+from torchlethe.study.curves import Line, curve_plot
+from torchlethe.study.figures import PRINT, Bar, bar_plot, histogram, inline
 from torchlethe.study.output import write_results
-from torchlethe.study.panels import method_marks, write_figures
+from torchlethe.study.panels import curve_panels, method_marks, write_figures
 from torchlethe.study.pareto import Axis, Point, front, pareto_plot
 from torchlethe.study.report import duration, finding, render, without_places
 from torchlethe.study.runner import Outcome
@@ -354,3 +355,35 @@ def test_explain_metrics_defines_those_of_the_table_first(tmp_path, capsys):
     assert "One minus the bad-teacher divergence to an untrained network on the forget set." in text
     assert "largest_curvature not in the catalogue" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_curves_of_runs_become_a_panel(tmp_path):
+    def measure(job):
+        curve = np.array([10.0, np.nan, 50.0 + job.seed + 20 * (job.stage.name == "tune")])
+        np.savez(job.folder / "evaluation.npz", accuracy_curve=curve, confusion=np.eye(2))
+        return {"acc_last": 50.0}
+
+    results = collect(*make(tmp_path, measure=measure))
+    (run, *_) = results.select("one", "SFRon")
+    np.testing.assert_array_equal(run.curves()["accuracy"], [10.0, np.nan, 50.0])
+    (plot,) = curve_panels(results, "one")
+    assert plot.title == "Accuracy over epochs"
+    text = inline(plot)
+    assert all(f">{method}<" in text for method in results.methods)
+    assert "var(--m2)" in text
+    page = render(results, {}, "lethe study x")
+    assert page.count("Over the epochs") == 2
+    assert {"one_curves.png", "ten_curves.pdf"} <= {path.name for path in write_figures(results, tmp_path / "figures")}
+
+
+def test_names_at_the_ends_of_curves_do_not_touch():
+    from matplotlib.figure import Figure
+
+    lines = [Line(f"method {i}", np.array([0.0, 50.0 + 0.1 * i]), i) for i in range(5)]
+    plot, figure = curve_plot(lines, "Accuracy"), Figure((4.6, 2.9))
+    axes = figure.add_axes((0.1, 0.15, 0.6, 0.8))
+    plot.draw(axes, PRINT)
+    places = sorted(text.xy[1] for text in axes.texts)
+    low, high = axes.get_ylim()
+    assert np.diff(places).min() >= 13 * (high - low) / 210
+    assert places[-1] <= high

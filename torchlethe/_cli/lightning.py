@@ -25,6 +25,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.data import get_all_subclasses
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from torch.utils.data import BatchSampler, DataLoader
@@ -170,8 +171,8 @@ class LetheCLI(LightningCLI):
     what was typed; each difference is one note. Every run gets :class:`~torchlethe.checkpoint_io.AtomicCheckpointIO`
     and :class:`~torchlethe.callbacks.NonFiniteGuard`, a fit :class:`~torchlethe.callbacks.ExportWeights`
     and :class:`~torchlethe.callbacks.NothingToForget`, and a prediction
-    :class:`~torchlethe.callbacks.SavePredictions`, unless the configuration brings its own. And a method
-    that changes a trained network is refused a random one.
+    :class:`~torchlethe.callbacks.SavePredictions` (unless another callback writes predictions), unless the
+    configuration brings its own. And a method that changes a trained network is refused a random one.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -299,9 +300,7 @@ class LetheCLI(LightningCLI):
         return dict(dump[self.command]["model"].get("init_args", {}))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a run without data, and to unlearn a random network."""
-        from torchlethe.lightning_modules import UnlearningModule
-
+        """Refuse a run without data, and to unlearn, attack or protect with a random network."""
         config = self.config[self.command]
         kind = _target(config.model.class_path) if config.get("model") else None
         loader = LOADERS[self.command]
@@ -310,15 +309,12 @@ class LetheCLI(LightningCLI):
                 "the configuration has no data: name a datamodule with --data, such as --data DigitsDataModule, "
                 "or give a --config that has 'data'"
             )
-        if self.command != "fit" or not (inspect.isclass(kind) and issubclass(kind, UnlearningModule)):
-            return
-        arguments = config.model.get("init_args") or Namespace()
+        arguments = (config.get("model") or Namespace()).get("init_args") or Namespace()
         given = arguments.get("weights") or config.get("ckpt_path") or _sets(arguments.get("network"), "pretrained")
-        if not given and not config.trainer.fast_dev_run:
-            raise UsageError(
-                f"{kind.__name__} changes a trained network: give its weights with --model.weights, "
-                "or a checkpoint to resume from with --ckpt_path"
-            )
+        deed = _deed_on_a_trained_network(kind, self.command, arguments)
+        if deed and not given and not config.trainer.fast_dev_run:
+            other = "" if self.command == "predict" else ", or a checkpoint to resume from with --ckpt_path"
+            raise UsageError(f"{kind.__name__} {deed} a trained network: give its weights with --model.weights{other}")
 
     def after_fit(self) -> None:
         """Write the last metrics, and say where the files of the run are."""
@@ -350,11 +346,12 @@ class LetheCLI(LightningCLI):
         }
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        if any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            outputs["predict"] = []
         kinds: list[type[Callback]] = [NonFiniteGuard, *outputs.get(self.command, [])]
         # somebody else's module may call its network by another name: then the whole module is exported
-        options: dict[type[Callback], Any] = {
-            ExportWeights: {"attribute": "network" if hasattr(self.model, "network") else None}
-        }
+        own = "network" if hasattr(self.model, "network") else None
+        options: dict[type[Callback], Any] = {ExportWeights: {"attribute": getattr(self.model, "exported", own)}}
         for kind in kinds:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind(**options.get(kind, {})))
@@ -414,6 +411,21 @@ def _taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, s
                 _short(value.class_path) if isinstance(value, Namespace) and "class_path" in value else _brief(value),
             )
         yield from _taken_over(value, now, f"{key}.{name}" if key else name)
+
+
+def _deed_on_a_trained_network(kind: Any, command: str, arguments: Any) -> str | None:
+    """What a method does to, or with, a network that makes no sense with a random one; None if there is no such thing."""
+    from torchlethe.lightning_modules import ProtectionModule, UniversalPerturbation, UnlearningModule
+
+    if not inspect.isclass(kind):
+        return None
+    if issubclass(kind, UnlearningModule) and command == "fit":
+        return "changes"
+    if issubclass(kind, UniversalPerturbation) and command != "predict":
+        return "attacks"
+    if issubclass(kind, ProtectionModule) and command == "predict" and kind.needs_weights(arguments):
+        return "protects with"
+    return None
 
 
 def _sets(config: Any, name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import nn
 
 
@@ -86,3 +87,14 @@ def normalisation_parameters(module: nn.Module) -> set[nn.Parameter]:
         if "norm" in type(part).__name__.lower()
         for param in part.parameters(recurse=False)
     }
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Autograd on inside the block, also within ``torch.no_grad`` and ``torch.inference_mode``.
+
+    Lightning's ``predict`` and ``test`` run under inference mode. Tensors made there stay inference tensors, which
+    autograd refuses to save: clone them inside the block.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -2,6 +2,8 @@
 
 from torchlethe.data.augmentation import Augmentation
 from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, model_input, unit_range
+from torchlethe.data.defences import JPEG, BitDepth, Blur, Chain, Defence, Grayscale
+from torchlethe.data.erasing import ErasingAugmentation
 from torchlethe.data.forget import (
     ForgetClasses,
     ForgetFraction,
@@ -16,6 +18,7 @@ from torchlethe.data.images import ImageDataset, InMemoryImages
 from torchlethe.data.label_noise import AsymmetricNoise, LabelNoise, SymmetricNoise, UniformNoise
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.data.overlap import content_hashes, shared_images
+from torchlethe.data.protected import ProtectedImages, read_protected
 from torchlethe.data.roles import (
     ROLES,
     Feed,
@@ -36,13 +39,19 @@ from torchlethe.data.streaming import ColumnImages, DecodedImages, ImageFiles, d
 from torchlethe.data.wrapped import WrappedDataset, find_labels
 
 __all__ = [
+    "JPEG",
     "PADDING_INDEX",
     "PADDING_LABEL",
     "ROLES",
     "AsymmetricNoise",
     "Augmentation",
+    "BitDepth",
+    "Blur",
+    "Chain",
     "ColumnImages",
     "DecodedImages",
+    "Defence",
+    "ErasingAugmentation",
     "Feed",
     "ForgetClasses",
     "ForgetFraction",
@@ -50,6 +59,7 @@ __all__ = [
     "ForgetRequest",
     "ForgetSplit",
     "ForgetSubclasses",
+    "Grayscale",
     "HybridDataset",
     "Hybrids",
     "ImageDataset",
@@ -62,6 +72,7 @@ __all__ = [
     "Paired",
     "PositionedLoader",
     "PositionedSampler",
+    "ProtectedImages",
     "Role",
     "RoleDataset",
     "RoleLoader",
@@ -81,6 +92,7 @@ __all__ = [
     "mix_seed",
     "model_input",
     "random_bits",
+    "read_protected",
     "shard",
     "shared_images",
     "stratified",

@@ -5,6 +5,8 @@ from torchlethe.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule, 
 from torchlethe.datamodules.digits import DigitsDataModule
 from torchlethe.datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule
 from torchlethe.datamodules.huggingface import HuggingFaceDataModule
+from torchlethe.datamodules.protected import ProtectedDataModule, ProtectionDataModule
+from torchlethe.datamodules.proxy_images import ProxyImages
 from torchlethe.datamodules.unlearning import UnlearningDataModule
 
 __all__ = [
@@ -14,6 +16,9 @@ __all__ = [
     "HuggingFaceDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ProtectedDataModule",
+    "ProtectionDataModule",
+    "ProxyImages",
     "SVHNDataModule",
     "TinyImageNetDataModule",
     "UnlearningDataModule",

@@ -22,6 +22,13 @@ from torchlethe.metrics.sensitivity import InputSensitivity
 from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 from torchlethe.metrics.summary import AverageGap, RuntimeMeter, TugOfWar
 from torchlethe.metrics.support_vectors import simple_membership, svc_membership
+from torchlethe.metrics.universal import (
+    DominanceRatio,
+    FeatureGathering,
+    FoolingRatio,
+    NeuralCollapse,
+    TargetSuccess,
+)
 
 __all__ = [
     "METRIC_DEFINITIONS",
@@ -32,6 +39,9 @@ __all__ = [
     "ConfidenceCorrelation",
     "CorrectnessAgreement",
     "DivergenceToReference",
+    "DominanceRatio",
+    "FeatureGathering",
+    "FoolingRatio",
     "HessianTopEigenvalue",
     "HessianTrace",
     "InputSensitivity",
@@ -40,6 +50,7 @@ __all__ = [
     "MembershipSVC",
     "MembershipThreshold",
     "MetricDefinition",
+    "NeuralCollapse",
     "OverForgetting",
     "Relearning",
     "RelearningSettings",
@@ -47,6 +58,7 @@ __all__ = [
     "RuntimeMeter",
     "SharpnessMetric",
     "SimpleMembership",
+    "TargetSuccess",
     "TugOfWar",
     "Wasserstein1",
     "ZeroRetrainForgetting",

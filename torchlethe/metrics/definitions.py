@@ -212,6 +212,46 @@ METRIC_DEFINITIONS: dict[str, MetricDefinition] = {
         "nats",
         "lower",
     ),
+    "acc_last": MetricDefinition(
+        "test accuracy",
+        "Percentage of clean test samples classified correctly after the last epoch of training on (protected) data; "
+        "the lower, the stronger the protection.",
+        "%",
+        "lower",
+    ),
+    "acc_max": MetricDefinition(
+        "best epoch",
+        "The same for the best epoch, which somebody with clean validation data might stop at.",
+        "%",
+        "lower",
+    ),
+    "acc_worst_class": MetricDefinition(
+        "worst class",
+        "Percentage of clean test samples classified correctly in the class where it is lowest.",
+        "%",
+        "lower",
+    ),
+    "drop": MetricDefinition(
+        "drop", "Points of test accuracy that protection costs against the same training on clean data.", "%", "higher"
+    ),
+    "gain_over_clean_part": MetricDefinition(
+        "gain over clean part",
+        "Points of test accuracy that the protected images add to training on the clean ones alone.",
+        "%",
+        "lower",
+    ),
+    "test_fooling_ratio": MetricDefinition(
+        "fooling ratio",
+        "Share of test images whose prediction the perturbation changes; labels play no part.",
+        "",
+        "higher",
+    ),
+    "test_target_success": MetricDefinition(
+        "target success", "Share of test images that are predicted as the target under the perturbation.", "", "higher"
+    ),
+    "test_dominance_1": MetricDefinition(
+        "dominance", "Share of the most frequent prediction on perturbed test images.", "", "higher"
+    ),
     "run_seconds": MetricDefinition(
         "time", "Seconds of preparation and loop of the run itself, without validation and evaluation.", "s", "lower"
     ),

@@ -4,6 +4,7 @@ Every network is an ``nn.Module`` whose ``forward`` takes images ``(B, C, H, W)`
 factories that serve as ``class_path`` in YAML (``torchlethe.models.resnet18``).
 """
 
+from torchlethe.models.autoencoder import Autoencoder
 from torchlethe.models.base import FeatureNetwork, parameter_count
 from torchlethe.models.cifar_resnet import CifarResNet, resnet8, resnet20, resnet32, resnet56
 from torchlethe.models.densenet import DenseNet, densenet121
@@ -13,6 +14,7 @@ from torchlethe.models.huggingface import TransformersClassifier
 from torchlethe.models.inception import GoogLeNet, googlenet
 from torchlethe.models.layout import channels_last_on_cpu, wants_channels_last
 from torchlethe.models.normalize import STATISTICS, Normalize, NormalizedClassifier, normalized
+from torchlethe.models.outputs import features_and_logits
 from torchlethe.models.preact_resnet import PreActResNet, preact_resnet18, senet18
 from torchlethe.models.pyramidnet import PyramidNet, pyramidnet110
 from torchlethe.models.resnet import ResNet, resnet18, resnet34
@@ -25,6 +27,7 @@ __all__ = [
     "MLP",
     "STATISTICS",
     "VGG",
+    "Autoencoder",
     "CifarResNet",
     "DenseNet",
     "FeatureNetwork",
@@ -40,6 +43,7 @@ __all__ = [
     "WideResNet",
     "channels_last_on_cpu",
     "densenet121",
+    "features_and_logits",
     "features_of",
     "googlenet",
     "head_name",

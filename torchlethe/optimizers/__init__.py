@@ -3,7 +3,7 @@
 from torchlethe.optimizers.base import SharpnessAwareOptimizer
 from torchlethe.optimizers.manual import sam_step
 from torchlethe.optimizers.sam import ASAM, ESAM, GSAM, SAM, SAMON, WSAM, FriendlySAM, LookSAM, VaSSO
-from torchlethe.optimizers.schedules import WarmupDropLR, warmup_drop_factor
+from torchlethe.optimizers.schedules import WarmMultiStep, WarmupDropLR, warmup_drop_factor
 
 __all__ = [
     "ASAM",
@@ -16,6 +16,7 @@ __all__ = [
     "LookSAM",
     "SharpnessAwareOptimizer",
     "VaSSO",
+    "WarmMultiStep",
     "WarmupDropLR",
     "sam_step",
     "warmup_drop_factor",

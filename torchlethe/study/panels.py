@@ -1,4 +1,4 @@
-"""Which plots a scenario gets: bars, trade-offs and confidence histograms, for the page and for files."""
+"""Which plots a scenario gets: bars, curves, trade-offs and confidence histograms, for the page and for files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
+
+from torchlethe.study.curves import Line, curve_plot, mean_curve
 from torchlethe.study.figures import MARKS, Bar, Plot, bar_plot, histogram, save
 from torchlethe.study.files import read_json, write_json
 from torchlethe.study.heatmap import class_panels
@@ -78,6 +81,24 @@ def histogram_panels(results: Results, scenario: str) -> list[Plot]:
     ]
 
 
+def curve_panels(results: Results, scenario: str) -> list[Plot]:
+    """What runs recorded over their epochs (arrays ``…_curve``): a panel for each, a line for each method."""
+    marks = method_marks(results)
+    found: dict[str, list[Line]] = {}
+    for method in results.methods:
+        curves: dict[str, list[np.ndarray]] = {}
+        for run in results.select(scenario, method):
+            for name, values in run.curves().items():
+                curves.setdefault(name, []).append(values)
+        for name, seeds in curves.items():
+            found.setdefault(name, []).append(Line(method, mean_curve(seeds), marks[method]))
+    return [
+        curve_plot(lines, f"{sentence_case(name.replace('_', ' '))} over epochs")
+        for name, lines in found.items()
+        if any(np.isfinite(line.values).sum() > 1 for line in lines)
+    ]
+
+
 def pareto_panels(results: Results, scenario: str) -> list[Plot]:
     """What one metric costs in another: distance to the reference, usefulness, time.
 
@@ -131,15 +152,15 @@ def _axis(results: Results, name: str) -> Axis:
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Write every scenario's plots to files: bars, trade-offs, confidences and classes, each as PNG and PDF.
+    """Write every scenario's plots to files: bars, curves, trade-offs, confidences and classes, as PNG and PDF.
 
     Args:
         results: the results.
         folder: made when there is something to write. Files that show the same results already are left as they are.
 
     Returns:
-        The files: ``bars``, ``pareto``, ``confidence`` and ``classes`` with the two suffixes, behind the scenario's
-        name where there are several.
+        The files: ``bars``, ``curves``, ``pareto``, ``confidence`` and ``classes`` with the two suffixes, behind the
+        scenario's name where there are several.
     """
     stamp, current = folder / ".made_of.json", _fingerprint(results)
     before = read_json(stamp)
@@ -156,7 +177,7 @@ def _fingerprint(results: Results) -> str:
     arrays = [run.arrays.stat() for run in results.runs if run.arrays.is_file()]
     code = [
         Path(__file__).with_name(name).read_text("utf-8")
-        for name in ("figures.py", "heatmap.py", "pareto.py", "panels.py")
+        for name in ("figures.py", "heatmap.py", "pareto.py", "curves.py", "panels.py")
     ]
     classes = repr([run.classes for run in results.runs])
     marks = [
@@ -178,7 +199,9 @@ def _write_scenario(results: Results, scenario: str, folder: Path) -> list[Path]
     filled = "; ".join(text for text in (*lines, "filled: the method, after") if text)
     front = "Dashed: the methods that no other one beats on both axes."
     change = f"Points of accuracy against {reference}: orange lost, blue gained; in parentheses: to be forgotten."
+    averaged = "Mean over seeds." if len(results.seeds) > 1 else ""
     kinds = {
+        "curves": (curve_panels(results, scenario), averaged, 2),
         "bars": (bar_panels(results, scenario), dashed + spread_note, 3),
         "pareto": (pareto_panels(results, scenario), front, 2),
         "confidence": (histogram_panels(results, scenario), f"Share of the forget set; {filled}.", 3),

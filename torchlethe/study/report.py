@@ -12,7 +12,14 @@ from torchlethe.study.collect import row_title
 from torchlethe.study.explain import READING
 from torchlethe.study.figures import Plot, inline
 from torchlethe.study.heatmap import class_panels
-from torchlethe.study.panels import bar_panels, histogram_panels, method_marks, pareto_panels, sentence_case
+from torchlethe.study.panels import (
+    bar_panels,
+    curve_panels,
+    histogram_panels,
+    method_marks,
+    pareto_panels,
+    sentence_case,
+)
 from torchlethe.study.results import Cell, Results
 from torchlethe.study.runner import ERROR, LOG, Outcome, now
 from torchlethe.study.tables import (
@@ -110,6 +117,7 @@ def _section(results: Results, scenario: str) -> dict[str, Any]:
             for name in results.metrics(scenario)
         ],
         "bars": _panels(bar_panels(results, scenario)),
+        "curves": _panels(curve_panels(results, scenario)),
         "pareto": _panels(pareto_panels(results, scenario)),
         "classes": _panels(class_panels(results, scenario), "Change of each class: "),
         "histograms": _panels(histogram_panels(results, scenario), "Confidence on the forget set: "),

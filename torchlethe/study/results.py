@@ -50,6 +50,7 @@ OWN_DEFINITIONS = {
         "lower",
     ),
 }
+CURVE = "_curve"
 # a reference's spread below this share of its values is rounding noise
 NO_SPREAD = 1e-9
 
@@ -88,6 +89,14 @@ class Run:
                 if key in arrays.files:
                     return arrays[key].ravel()
         return np.empty(0)
+
+    def curves(self) -> dict[str, np.ndarray]:
+        """What was recorded over epochs: the arrays whose names end in ``_curve``, by the rest of the name."""
+        if not self.arrays.is_file():
+            return {}
+        with np.load(self.arrays, allow_pickle=False) as arrays:
+            names = [name for name in arrays.files if name.endswith(CURVE)]
+            return {name.removesuffix(CURVE): arrays[name].astype(float).ravel() for name in names}
 
 
 @dataclass(frozen=True)

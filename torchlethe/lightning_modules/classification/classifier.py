@@ -36,16 +36,17 @@ class Classifier(ClassificationModule):
         lr_interval: whether the scheduler steps after each ``epoch`` or each ``step``.
         label_smoothing: share of the label given to all classes, in [0, 1).
         mixup: parameter alpha of the Beta distribution of mixup (Zhang et al., ICLR 2018); 0 switches it off.
+        cutmix: the same for CutMix (Yun et al., ICCV 2019); with both, each batch gets one of the two at random.
         weights: file to start from, see :func:`torchlethe.io.load_weights`.
-        seed: seed of mixup, which is a function of seed and step alone.
+        seed: seed of mixup and CutMix, which are functions of seed and step alone.
 
     Raises:
         ValueError: an argument is out of range.
 
     Note:
         Under DDP, gradients are averaged over ranks: two ranks with half the batch each compute what one process
-        computes (BatchNorm uses each rank's own statistics unless the Trainer has ``sync_batchnorm``; mixup mixes
-        within a rank).
+        computes (BatchNorm uses each rank's own statistics unless the Trainer has ``sync_batchnorm``; mixup and CutMix
+        mix within a rank).
 
     Example:
         >>> from torchlethe.models import MLP
@@ -67,16 +68,23 @@ class Classifier(ClassificationModule):
         mixup: float = 0.0,
         weights: str | Path | None = None,
         seed: int = 0,
+        cutmix: float = 0.0,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, it must lie in [0, 1).")
-        if mixup < 0:
-            raise ValueError(f"mixup is {mixup}, it must be at least 0.")
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if alpha < 0:
+                raise ValueError(f"{name} is {alpha}, it must be at least 0.")
         super().__init__(network, num_classes, weights)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        self.mixup = v2.MixUp(alpha=mixup, num_classes=num_classes) if mixup else None
+        mixtures = [
+            kind(alpha=alpha, num_classes=num_classes)
+            for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+            if alpha
+        ]
+        self.mixture = v2.RandomChoice(mixtures) if len(mixtures) > 1 else mixtures[0] if mixtures else None
         self.seed = seed
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=PADDING_LABEL)
@@ -96,11 +104,11 @@ class Classifier(ClassificationModule):
         batch = model_input(batch)
         image, label = batch["image"], batch["label"]
         target = label
-        if self.mixup is not None:
+        if self.mixture is not None:
             # the CPU's generator alone: reseeding a GPU's would repeat its dropout
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(mix_seed(self.seed, self.trainer.fit_loop.total_batch_idx))
-                image, target = self.mixup(image, label)
+                image, target = self.mixture(image, label)
         logits = self.training_logits(image)
         loss = self.loss(logits, target)
         self.train_accuracy.update(logits.detach(), label)

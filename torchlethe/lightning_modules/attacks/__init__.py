@@ -1,0 +1,1 @@
+"""Universal adversarial perturbations: one module for each method on one base."""

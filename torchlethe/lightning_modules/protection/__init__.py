@@ -1,0 +1,1 @@
+"""Protections of image sets against training, as modules for ``predict``."""

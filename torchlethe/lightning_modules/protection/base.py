@@ -1,0 +1,288 @@
+"""The Lightning shell of every protection: ``predict`` hands it clean images and gets protected ones back."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
+
+from torchlethe.components import all_reduce_sum, gradients_on
+from torchlethe.data import PADDING_INDEX, as_batch
+from torchlethe.data.loaders import PositionedLoader
+from torchlethe.io import atomic_write
+from torchlethe.updates.protection import Protection
+
+
+class ProtectionModule(LightningModule):
+    """Run a protection under Lightning: a method's module is this class with typed arguments.
+
+    ``predict`` first lets the protection prepare on the training set of the datamodule (of any datamodule with a
+    ``train_set``; otherwise on the batches of the predict loader), then protects the batches of the predict loader.
+    Images are uint8, or floating in [0, 1] on the grid of 1/255, as Lethe's datamodules hand them over.
+
+    Args:
+        protection: the method.
+        cache_dir: folder for the outcome of the preparation, which a later run with the same settings, networks and
+            data reads in place of repeating it; by default ``prepared`` in the Trainer's ``default_root_dir``.
+        cache: whether to keep that outcome at all.
+
+    Attributes:
+        report: after a ``predict``, numbers over all images protected in it, on all ranks: what the protection notes
+            about them, and ``changed_max``, ``changed_mean`` (|change| of a value, in units of 1/255), ``at_radius``
+            (share of values changed by the whole radius) and ``psnr`` (decibels, mean over images).
+
+    Raises:
+        ValueError: the images are no bytes and not on the grid of 1/255, or a label is out of range.
+
+    Note:
+        Under DDP each rank protects its share of the images; no gradients are exchanged. Preparations that are sums
+        over the data are computed on shares and summed over ranks, others are computed by every rank, and rank 0's
+        outcome is used by all. Padding is left out of the results.
+    """
+
+    def __init__(self, protection: Protection, cache_dir: str | Path | None = None, cache: bool = True) -> None:
+        super().__init__()
+        self.protection = protection
+        self.networks = nn.ModuleDict(protection.networks)
+        self.cache_dir, self.cache = cache_dir, cache
+        self.report: dict[str, float] = {}
+        self._finished: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+
+    @classmethod
+    def needs_weights(cls, arguments: Mapping[str, Any]) -> bool:
+        """Whether the method asks a trained network, so that one with random weights would be a mistake.
+
+        Args:
+            arguments: the constructor's, as far as they are given; the command line asks before it makes the module.
+        """
+        return "weights" in inspect.signature(cls).parameters
+
+    def forward(self, image: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """Protect images: see :meth:`torchlethe.updates.protection.Protection.protect`."""
+        return self.protection.protect(image, label, index)
+
+    def configure_optimizers(self) -> None:
+        """None: nothing is trained here."""
+
+    def skip(self, indices: Tensor) -> None:
+        """Leave images out of the coming batches, as they are finished already.
+
+        A writer calls this in its ``on_predict_start`` to go on where a killed run stopped.
+
+        Args:
+            indices: (M,) int64 positions in the data set.
+        """
+        self._finished = indices.long().to(self.device)
+
+    def setup(self, stage: str) -> None:
+        """Refuse to fit: protections are run with ``predict``."""
+        if stage != "predict":
+            raise ValueError(f"{type(self).__name__} protects data, it runs with `predict`, not with `{stage}`.")
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "64-true", "bf16-mixed"):
+            # half the bits lose the bytes of an image; fp16 loses small gradients as well
+            raise ValueError(f"precision is {precision}, {type(self).__name__} needs 32-true, 64-true or bf16-mixed.")
+
+    def on_predict_start(self) -> None:
+        """Prepare, or read what an earlier run prepared."""
+        self.networks.eval()
+        self._sums, self.report = {}, {}
+        strategy = self.trainer.strategy
+        path = self._cache_file() if self.cache and self.protection.prepares else None
+        state: Any = None
+        if path is not None and self.trainer.is_global_zero and path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = strategy.broadcast(state)
+        if state is None:
+            with gradients_on(), self.trainer.precision_plugin.forward_context():
+                batches = PreparationBatches(self, self.protection.shards)
+                shared = self.trainer.world_size > 1 and self.protection.shards
+                logs = self.protection.prepare(batches, device=self.device, reduce=all_reduce_sum if shared else None)
+            if self.logger is not None and logs:
+                self.logger.log_metrics(logs)
+            state = self.protection.state_dict()
+            if path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                with atomic_write(path) as temporary:
+                    torch.save(state, temporary)
+            state = strategy.broadcast(state)
+        with torch.inference_mode(False):
+            self.protection.load_state_dict(state)
+            self.protection.to(self.device)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Protect a batch.
+
+        Returns:
+            ``index`` (b,), ``image`` (b, C, H, W) uint8 and ``label`` (b,), without padding and without the images
+            that :meth:`skip` named, so b may be 0.
+        """
+        with gradients_on():
+            clean = self.clean_batch(batch, batch_idx)
+            keep = clean["index"] != PADDING_INDEX
+            if self._finished is not None:
+                keep &= ~torch.isin(clean["index"], self._finished)
+            clean = {name: value[keep] for name, value in clean.items()}
+            if not len(clean["index"]):
+                return clean
+            image = self.protection.protect(clean["image"], clean["label"], clean["index"])
+            self._note(clean["image"], image)
+        return {**clean, "image": image}
+
+    def clean_batch(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
+        """``image`` uint8, ``label`` and ``index`` of a batch of any origin; padding has the index -1.
+
+        Batches without ``index`` are counted in the order of this process.
+        """
+        batch = as_batch(batch)
+        image = pixels(batch["image"])
+        label = torch.as_tensor(batch["label"], device=image.device).long().clone()
+        if "index" in batch:
+            index = batch["index"].long().clone()
+        elif self.trainer.world_size == 1:
+            index = torch.arange(len(image), device=image.device) + self._counted(batch_idx, len(image))
+        else:
+            raise ValueError("protecting on several ranks needs batches with an 'index' (B,).")
+        return {"index": index, "image": image, "label": label}
+
+    _seen = 0
+
+    def _counted(self, batch_idx: int, size: int) -> int:
+        start = self._seen if batch_idx else 0
+        self._seen = start + size
+        return start
+
+    def on_predict_end(self) -> None:
+        """Sum up what was noted about the images."""
+        count = all_reduce_sum(self._sums.pop("count", torch.zeros((), dtype=torch.float64, device=self.device)))
+        largest = self._sums.pop("changed_max", torch.zeros((), dtype=torch.float64, device=self.device))
+        if self.trainer.world_size > 1:
+            names = self.trainer.strategy.broadcast(sorted(self._sums))
+            largest = self.trainer.strategy.all_gather(largest).max()
+        else:
+            names = sorted(self._sums)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = {name: all_reduce_sum(self._sums.get(name, zero)) for name in names}
+        if count:
+            self.report = {name: float(value / count) for name, value in sums.items()}
+            self.report["changed_max"] = float(largest)
+            self.report["images"] = int(count)
+            if self.logger is not None:
+                self.logger.log_metrics({f"protection_{name}": value for name, value in self.report.items()})
+
+    def _note(self, clean: Tensor, image: Tensor) -> None:
+        change = (image.to(torch.int16) - clean.to(torch.int16)).abs().flatten(1)
+        values: dict[str, Tensor] = dict(self.protection.notes)
+        values["changed_mean"] = change.double().mean(1)
+        error = change.double().square().mean(1).clamp_min(1e-12)
+        values["psnr"] = 10 * torch.log10(255**2 / error).clamp_max(20)
+        if self.protection.radius is not None:
+            values["at_radius"] = (change >= self.protection.radius).double().mean(1)
+        sums = {name: value.double().sum() for name, value in values.items()}
+        sums["count"] = torch.full((), float(len(image)), dtype=torch.float64, device=image.device)
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        largest = change.max().double()
+        self._sums["changed_max"] = torch.maximum(self._sums.get("changed_max", largest), largest)
+
+    def _cache_file(self) -> Path:
+        folder = (
+            Path(self.cache_dir) if self.cache_dir is not None else Path(self.trainer.default_root_dir) / "prepared"
+        )
+        key = hashlib.sha256(f"{self.protection.fingerprint()} {self._data_fingerprint()}".encode()).hexdigest()
+        return folder / f"{type(self.protection).__name__}-{key[:16]}.pt"
+
+    def _data_fingerprint(self) -> str:
+        dataset = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
+        if dataset is not None and hasattr(dataset, "fingerprint"):
+            return dataset.fingerprint()
+        digest = hashlib.sha256()
+        for batch in PreparationBatches(self, shards=True):
+            for name in ("image", "label", "index"):
+                digest.update(batch[name].cpu().numpy().tobytes())
+        found: list[Any] = [digest.hexdigest()]
+        if self.trainer.world_size > 1:
+            found = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, digest.hexdigest())
+        return " ".join(found)
+
+
+class PreparationBatches:
+    """The batches that a protection prepares on: in order, without augmentation and padding, uint8, on the device.
+
+    Args:
+        module: the running module.
+        shards: whether each rank gets its part, rather than everything.
+    """
+
+    def __init__(self, module: ProtectionModule, shards: bool) -> None:
+        self.module = module
+        trainer = module.trainer
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        dataset = getattr(datamodule, "train_set", None)
+        if dataset is not None and hasattr(datamodule, "eval_batch_size"):
+            settings: dict[str, Any] = {} if shards else {"num_replicas": 1, "rank": 0}
+            if shards:
+                settings = trainer.distributed_sampler_kwargs or {}
+            self.loader: Any = PositionedLoader(dataset, batch_size=datamodule.eval_batch_size, **settings)
+        elif trainer.world_size > 1 and not shards:
+            raise ValueError(
+                f"{type(module).__name__} prepares on all of the data on every rank: use a datamodule with a train_set."
+            )
+        else:
+            loaders: Any = trainer.predict_dataloaders
+            self.loader = apart(loaders[0] if isinstance(loaders, list) else loaders)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch_idx, batch in enumerate(self.loader):
+            moved = self.module.trainer.strategy.batch_to_device(dict(as_batch(batch)))
+            clean = self.module.clean_batch(moved, batch_idx)
+            keep = clean["index"] != PADDING_INDEX
+            yield clean if bool(keep.all()) else {name: value[keep] for name, value in clean.items()}
+
+
+def apart(loader: Any) -> Any:
+    """A stock loader's batches in a loader of their own.
+
+    Lightning has begun to iterate the loader that it predicts on when a module's hooks run, and to iterate it a second
+    time in between would end its pass.
+    """
+    batches: Any = getattr(loader, "batch_sampler", None)
+    # Lightning's own batch sampler around the stock one, which holds a single iterator, copies its attributes
+    if not isinstance(loader, DataLoader) or not hasattr(batches, "sampler"):
+        return loader
+    batches = BatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
+    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
+
+
+def pixels(image: Tensor) -> Tensor:
+    """Bytes of images that are uint8, or floating in [0, 1] on the grid of 1/255.
+
+    Args:
+        image: (B, C, H, W).
+
+    Returns:
+        (B, C, H, W) uint8, a copy.
+
+    Raises:
+        ValueError: the values lie elsewhere (normalised, resized or augmented images, or half precision).
+    """
+    if image.dtype is torch.uint8:
+        return image.clone()
+    scaled = image.detach() * 255 if image.is_floating_point() else image.float()
+    exact = scaled.round()
+    if image.dtype in (torch.float16, torch.bfloat16) or not bool(
+        ((scaled - exact).abs() < 1e-2).all() & (exact >= 0).all() & (exact <= 255).all()
+    ):
+        raise ValueError(
+            f"image is {image.dtype} off the grid of 1/255 in [0, 1]: data to protect must be as it is stored, neither "
+            "normalised nor augmented, and not in half precision."
+        )
+    return exact.to(torch.uint8)

@@ -1,0 +1,74 @@
+"""What the baselines check about their settings and say about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import distributed as dist
+
+from torchlethe.updates.protection.base import Protection
+
+
+def described(protection: Protection, *names: str) -> dict[str, Any]:
+    """The method (the class without ``Protector``), its radius, and the attributes of these names as a plain dict."""
+    method = type(protection).__name__.removesuffix("Protector")
+    return {"method": method, "radius": protection.radius, **{name: getattr(protection, name) for name in names}}
+
+
+def check_radius(radius: int) -> int:
+    """Refuse a radius that is no whole number of 1/255 in 1…255."""
+    if isinstance(radius, bool) or not isinstance(radius, int) or not 1 <= radius <= 255:
+        raise ValueError(f"radius is {radius}, it must be a whole number in 1…255 (units of 1/255).")
+    return radius
+
+
+def check_least(low: float, **values: float) -> None:
+    """Refuse values below a limit, by the name of the argument."""
+    for name, value in values.items():
+        if not value >= low:
+            raise ValueError(f"{name} is {value}, it must be at least {low}.")
+
+
+def check_above(low: float, **values: float) -> None:
+    """Refuse values that are not above a limit, by the name of the argument."""
+    for name, value in values.items():
+        if not value > low:
+            raise ValueError(f"{name} is {value}, it must be above {low}.")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is '{value}', allowed are {' and '.join(allowed)}.")
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show how far a long preparation is, on a terminal and on rank 0 only.
+
+    Args:
+        text: what is being done.
+        total: how many times the callable will be called.
+
+    Yields:
+        A callable that moves the bar on by one, with a remark.
+    """
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda remark: bar.update(task, advance=1, description=f"{text} {remark}".strip())
+
+
+@contextmanager
+def own_random_state(device: torch.device | str, seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers (dropout) depend on a seed alone; afterwards the state is what it was."""
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
