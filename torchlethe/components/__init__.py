@@ -2,11 +2,12 @@
 
 from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
 from torchlethe.components.ascent_rules import RULES, AscentRule, FullGradientRule, ascent_rule
-from torchlethe.components.distributed import all_reduce_sum, gather_in_order, world_size
+from torchlethe.components.distributed import all_reduce_mean, all_reduce_sum, gather_in_order, world_size
 from torchlethe.components.double_backward import DoubleBackward
 from torchlethe.components.fast_slow_updater import FastSlowUpdater
 from torchlethe.components.fisher import DiagonalFisher
 from torchlethe.components.forget_samples import ForgetSamples
+from torchlethe.components.forget_watch import ForgetWatch
 from torchlethe.components.modes import batch_norm_in_eval, eval_mode, frozen_statistics, normalisation_parameters
 from torchlethe.components.random_relabel import RandomRelabel
 from torchlethe.components.restored import restored
@@ -21,11 +22,13 @@ __all__ = [
     "DoubleBackward",
     "FastSlowUpdater",
     "ForgetSamples",
+    "ForgetWatch",
     "FullGradientRule",
     "NonFiniteGradientError",
     "RandomRelabel",
     "SaliencyMask",
     "SharpnessEngine",
+    "all_reduce_mean",
     "all_reduce_sum",
     "ascent_rule",
     "batch_norm_in_eval",

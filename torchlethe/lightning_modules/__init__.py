@@ -19,6 +19,7 @@ from torchlethe.lightning_modules.unlearning.natmu import NatMU
 from torchlethe.lightning_modules.unlearning.random_label import RandomLabel
 from torchlethe.lightning_modules.unlearning.retrain import Retrain
 from torchlethe.lightning_modules.unlearning.salun import SalUn, SalUnSoft
+from torchlethe.lightning_modules.unlearning.scar import SCAR
 from torchlethe.lightning_modules.unlearning.scrub import SCRUB
 from torchlethe.lightning_modules.unlearning.sfron import SFRon
 from torchlethe.lightning_modules.unlearning.ssd import ASSD, LFSSD, SSD
@@ -31,6 +32,7 @@ __all__ = [
     "LFSSD",
     "MSG",
     "NPO",
+    "SCAR",
     "SCRUB",
     "SSD",
     "UNSIR",
