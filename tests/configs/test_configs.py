@@ -131,6 +131,7 @@ def small(tmp_path_factory):
         "cifar10": {"root": cifar, "download": "false", "batch_size": 8},
         "cifar10_small": {"path": cifar, "subset": 20, "batch_size": 8},
         "cifar10_resnet20": {"path": cifar, "subset": 20, "batch_size": 8, "validation": 4},
+        "cifar100": {"root": cifar, "download": "false", "batch_size": 8},
         "tiny_imagenet": {"root": tiny, "image_size": 16, "input_size": 32, "batch_size": 50},
         "imagenet": {
             "root": tiny,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import quiet_trainer, sgd
 from torchlethe.data import ForgetRequest, InMemoryImages
-from torchlethe.datamodules import ImageDataModule, UnlearningDataModule
+from torchlethe.datamodules import ImageDataModule, PhotoPatchesDataModule, UnlearningDataModule
 from torchlethe.lightning_modules import (
     ASSD,
     CFW,
@@ -19,6 +19,7 @@ from torchlethe.lightning_modules import (
     LFSSD,
     MSG,
     NPO,
+    SCAR,
     SCRUB,
     SSD,
     UNSIR,
@@ -55,6 +56,13 @@ def _edited(module_class: Any, **fixed: Any) -> Make:
     return lambda network, classes: module_class(network, classes, **fixed)
 
 
+def _scar(network: nn.Module, classes: int) -> UnlearningModule:
+    """With photographs of the size that the tests have for the network's number of channels."""
+    channels = next(p.shape[1] for p in network.parameters() if p.ndim == 4)
+    photos = PhotoPatchesDataModule({1: 8, 3: 16}[channels], channels, count=80)
+    return SCAR(network, classes, photos, optimizer=sgd(1e-3))
+
+
 METHODS: dict[str, Make] = {
     "retrain": _trained(Retrain),
     "fine_tune": _trained(FineTune),
@@ -75,6 +83,7 @@ METHODS: dict[str, Make] = {
     "sfron": _trained(SFRon, steps=4, forget_every=2),
     "mu_mis": _edited(MUMis, steps=4, min_dip=1.0),
     "natmu": _trained(NatMU),
+    "scar": _scar,
     "scrub": _trained(SCRUB, epochs=1, msteps=1),
     "bad_teacher": _trained(BadTeacher),
     "boundary_shrink": _trained(BoundaryShrink),

@@ -209,3 +209,21 @@ def test_the_look_leaves_training_alone_and_comes_only_where_it_can(trained):
     assert trainer.global_step == 1
     with pytest.raises(ValueError, match="samples is -1, it must be at least 0"):
         NothingToForget(-1)
+
+
+class WithoutTest(CoarseImages):
+    """Training images only."""
+
+    def load(self, split):
+        images = super().load(split)
+        return images.subset([]) if split == "test" else images
+
+
+@pytest.mark.parametrize("request_", [CLASS, ForgetFraction(0.1)], ids=["class", "random"])
+def test_an_empty_test_set_leaves_nothing_to_compare_with(request_):
+    module = SFRon(plain(), 4, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = unlearn(module, UnlearningDataModule(WithoutTest(), request_), callbacks=[NothingToForget()])
+    assert trainer.global_step == 2
+    assert finite(module)

@@ -1,10 +1,14 @@
 """Stages that run in some of a study's scenarios."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from torchlethe._cli.errors import UsageError
 from torchlethe.study import load_study, plan_jobs
+from torchlethe.study.results import Results, Run
+from torchlethe.study.tables import latex, markdown
 
 SCENARIOS = {"whole_class": {"title": "A class"}, "random": {}}
 
@@ -56,3 +60,16 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, stages, top, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_a_table_has_the_rows_of_its_scenario_only():
+    def run(method, scenario):
+        return Run(method, scenario, 0, {"forget_accuracy": 50.0}, Path("none.npz"))
+
+    runs = (run("UNSIR", "whole_class"), run("SFRon", "whole_class"), run("SFRon", "random"))
+    titles = {"whole_class": "A class", "random": "A tenth"}
+    results = Results(name="Both", description="", seeds=(0,), titles=titles, runs=runs, outcomes=())
+    first, second = markdown(results).split("## A tenth")
+    assert "| UNSIR |" in first
+    assert "UNSIR" not in second
+    assert latex(results).count("UNSIR") == 1

@@ -76,6 +76,8 @@ class NothingToForget(Callback):
                 "forget request"
             )
         name = "test_forget" if "test_forget" in loaders else "test"
+        if name not in loaders:
+            return None  # an empty test set: there is nothing to compare with
         unseen, other, other_square, _ = self._measure(trainer, pl_module, datamodule, loaders[name]).tolist()
         means = loss / count, other / unseen
         errors = (square / count - means[0] ** 2) / count + (other_square / unseen - means[1] ** 2) / unseen

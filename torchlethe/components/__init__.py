@@ -3,11 +3,12 @@
 from torchlethe.components.adaptive_forget_loss import AdaptiveForgetLoss
 from torchlethe.components.ascent_rules import RULES, AscentRule, FullGradientRule, ascent_rule
 from torchlethe.components.checkpoint_folder import Checkpoint, CheckpointFolder
-from torchlethe.components.distributed import all_reduce_sum, gather_in_order, world_size
+from torchlethe.components.distributed import all_reduce_mean, all_reduce_sum, gather_in_order, world_size
 from torchlethe.components.double_backward import DoubleBackward
 from torchlethe.components.fast_slow_updater import FastSlowUpdater
 from torchlethe.components.fisher import DiagonalFisher
 from torchlethe.components.forget_samples import ForgetSamples
+from torchlethe.components.forget_watch import ForgetWatch
 from torchlethe.components.modes import (
     batch_norm_in_eval,
     eval_mode,
@@ -33,6 +34,7 @@ __all__ = [
     "DoubleBackward",
     "FastSlowUpdater",
     "ForgetSamples",
+    "ForgetWatch",
     "FullGradientRule",
     "NetworkEnsemble",
     "NonFiniteGradientError",
@@ -41,6 +43,7 @@ __all__ = [
     "SharpnessEngine",
     "SplitNetwork",
     "UniversalNoise",
+    "all_reduce_mean",
     "all_reduce_sum",
     "ascent_rule",
     "batch_norm_in_eval",

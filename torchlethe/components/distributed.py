@@ -28,6 +28,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, for checkpoints of per-rank sums: restored on each rank, the total is kept.
+
+    Args:
+        tensor: floating, or integers in a single process; every rank passes the same shape and dtype, or none does.
+
+    Returns:
+        The mean, floating where there is more than one rank; the tensor itself (detached) in a single process.
+    """
+    return all_reduce_sum(tensor) / world_size() if world_size() > 1 else tensor.detach()
+
+
 def all_reduce_sum_many(tensors: list[Tensor]) -> list[Tensor]:
     """Sum a list of tensors over all ranks with one message for each dtype; see :func:`all_reduce_sum`."""
     if world_size() == 1:

@@ -5,6 +5,7 @@ from torchlethe.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule, 
 from torchlethe.datamodules.digits import DigitsDataModule
 from torchlethe.datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule
 from torchlethe.datamodules.huggingface import HuggingFaceDataModule
+from torchlethe.datamodules.photos import PhotoPatchesDataModule
 from torchlethe.datamodules.protected import ProtectedDataModule, ProtectionDataModule
 from torchlethe.datamodules.proxy_images import ProxyImages
 from torchlethe.datamodules.unlearning import UnlearningDataModule
@@ -16,6 +17,7 @@ __all__ = [
     "HuggingFaceDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "PhotoPatchesDataModule",
     "ProtectedDataModule",
     "ProtectionDataModule",
     "ProxyImages",

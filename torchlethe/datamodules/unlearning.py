@@ -267,8 +267,8 @@ class UnlearningDataModule(LightningDataModule):
         """Loaders that judge a model, in stored order and without augmentation.
 
         Returns:
-            ``forget``, ``remain`` and ``test``; ``validation`` if there is one; ``test_forget`` and ``test_remain``
-            when whole classes (or subclasses that the test set knows) are forgotten.
+            ``forget``, ``remain`` and ``test`` unless it is empty; ``validation`` if there is one; ``test_forget`` and
+            ``test_remain`` when whole classes (or subclasses that the test set knows) are forgotten.
         """
         sets = {name: self.role_set(name) for name in ("forget", "remain", "test")}
         if "validation" in self._sets:
@@ -278,7 +278,7 @@ class UnlearningDataModule(LightningDataModule):
             parts = {"test_forget": sets["test"].subset(mask), "test_remain": sets["test"].subset(~mask)}
             sets.update({name: part for name, part in parts.items() if len(part)})
         size = self.data.eval_batch_size if isinstance(self.data, ImageDataModule) else self.batch_size
-        return {name: self._eval_loader(dataset, size) for name, dataset in sets.items()}
+        return {name: self._eval_loader(dataset, size) for name, dataset in sets.items() if len(dataset)}
 
     def val_dataloader(self) -> Any:
         """Validation loaders of the wrapped module; none if it has none."""

@@ -43,6 +43,7 @@ from torchlethe.lightning_modules.unlearning.natmu import NatMU
 from torchlethe.lightning_modules.unlearning.random_label import RandomLabel
 from torchlethe.lightning_modules.unlearning.retrain import Retrain
 from torchlethe.lightning_modules.unlearning.salun import SalUn, SalUnSoft
+from torchlethe.lightning_modules.unlearning.scar import SCAR
 from torchlethe.lightning_modules.unlearning.scrub import SCRUB
 from torchlethe.lightning_modules.unlearning.sfron import SFRon
 from torchlethe.lightning_modules.unlearning.ssd import ASSD, LFSSD, SSD
@@ -59,6 +60,7 @@ __all__ = [
     "MSG",
     "NAGUAP",
     "NPO",
+    "SCAR",
     "SCRUB",
     "SGDUAP",
     "SSD",

@@ -17,10 +17,13 @@ from torchlethe.functional.agreement import correctness_agreement
 from torchlethe.functional.divergence import paired_logits
 from torchlethe.functional.over_forgetting import class_drops, class_hits
 from torchlethe.functional.uncertainty import confidence, drop_padding
+from torchlethe.metrics.pairs import MeanOverPairs
 
 
-class CorrectnessAgreement(Metric):
+class CorrectnessAgreement(MeanOverPairs):
     """Percentage of samples on which both models are right or both are wrong, 0…100; higher is closer.
+
+    Needs labels. NaN without samples.
 
     Example:
         >>> metric = CorrectnessAgreement()
@@ -29,37 +32,14 @@ class CorrectnessAgreement(Metric):
         tensor(33.3333, dtype=torch.float64)
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = True
-    hits: Tensor
-    seen: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("hits", "seen"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, reference_logits: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (B, K) of the judged model.
-            reference_logits: (B, K) of the reference on the same images.
-            labels: (B,) integers, −100 marks padding.
-
-        Raises:
-            ValueError: a shape or label is wrong.
-        """
-        ours, theirs = paired_logits(logits.detach(), reference_logits.detach(), labels)
-        _, kept = drop_padding(logits.detach(), labels)
-        same = correctness_agreement(ours.argmax(dim=1), theirs.argmax(dim=1), kept)
-        self.hits += same.sum()
-        self.seen += same.numel()
-
-    def compute(self) -> Tensor:
-        """Percentage over all samples of all ranks, float64; NaN without samples."""
-        return 100.0 * self.hits.double() / self.seen
+    def _values(self, logits: Tensor, reference_logits: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError("labels is None, but whether a model is right needs them.")
+        ours, theirs = paired_logits(logits, reference_logits, labels)
+        _, kept = drop_padding(logits, labels)
+        return 100.0 * correctness_agreement(ours.argmax(dim=1), theirs.argmax(dim=1), kept).double()
 
 
 class ConfidenceCorrelation(PearsonCorrCoef):

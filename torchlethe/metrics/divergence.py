@@ -14,46 +14,10 @@ from torchmetrics.utilities import dim_zero_cat
 
 from torchlethe.functional import divergence
 from torchlethe.functional.uncertainty import check_choice, confidence, sample_loss
+from torchlethe.metrics.pairs import MeanOverPairs
 
 
-class _MeanOverSamples(Metric):
-    """Mean over samples of what ``_values`` returns for each."""
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better: bool | None = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def _values(self, logits: Tensor, reference_logits: Tensor, labels: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def update(self, logits: Tensor, reference_logits: Tensor, labels: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (B, K) of the judged model.
-            reference_logits: (B, K) of the reference on the same images.
-            labels: (B,), only to drop padding (−100).
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        values = self._values(logits.detach().double(), reference_logits.detach().double(), labels)
-        self.total += values.double().sum()
-        self.count += values.numel()
-
-    def compute(self) -> Tensor:
-        """Mean over all samples of all ranks; NaN without samples."""
-        return self.total / self.count
-
-
-class DivergenceToReference(_MeanOverSamples):
+class DivergenceToReference(MeanOverPairs):
     """KL(reference ‖ model) or Jensen–Shannon divergence, mean over samples; lower is closer.
 
     Args:
@@ -82,7 +46,7 @@ class DivergenceToReference(_MeanOverSamples):
         return function(logits, reference_logits, labels, eps=self.eps)
 
 
-class ZeroRetrainForgetting(_MeanOverSamples):
+class ZeroRetrainForgetting(MeanOverPairs):
     """ZRF = 1 − mean JS' to a randomly initialised network; at most 1, which is an untrained network's value.
 
     Update with the logits of the model and of a network of the same architecture with random weights. Compare with
@@ -99,14 +63,14 @@ class ZeroRetrainForgetting(_MeanOverSamples):
         return 1.0 - super().compute()
 
 
-class ActivationDistance(_MeanOverSamples):
+class ActivationDistance(MeanOverPairs):
     """Mean Euclidean distance of the two models' probability vectors, in 0…√2; lower is closer."""
 
     def _values(self, logits: Tensor, reference_logits: Tensor, labels: Tensor | None) -> Tensor:
         return divergence.activation_distance(logits, reference_logits, labels)
 
 
-class Completeness(_MeanOverSamples):
+class Completeness(MeanOverPairs):
     """Percentage of samples for which both models predict the same class, 0…100; higher is closer."""
 
     higher_is_better = True

@@ -92,7 +92,7 @@ def render(
 def _section(results: Results, scenario: str) -> dict[str, Any]:
     marks = method_marks(results)
     columns = results.columns(scenario)
-    methods = [method for method in results.methods if results.select(scenario, method)]
+    methods = results.rows(scenario)
     return {
         "name": scenario,
         "title": results.titles[scenario],

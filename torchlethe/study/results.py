@@ -197,6 +197,10 @@ class Results:
         present = dict.fromkeys(run.method for run in self.runs)
         return [title for title in dict.fromkeys([*first, *self.order, *present]) if title in present]
 
+    def rows(self, scenario: str) -> list[str]:
+        """The methods that have results in one scenario: a stage may leave some out."""
+        return [method for method in self.methods if self.select(scenario, method)]
+
     @property
     def scenarios(self) -> list[str]:
         """The names of the scenarios that have results."""

@@ -135,7 +135,7 @@ def markdown(results: Results) -> str:
             lines += [f"## {results.titles[scenario]}", ""]
         lines.append(_row(["method", *(heading(results, name) for name in columns)]))
         lines.append(_row(["---", *("---:" for _ in columns)]))
-        for method in results.methods:
+        for method in results.rows(scenario):
             cells = []
             for name in columns:
                 cell, unit = results.cell(scenario, method, name), results.definition(name).unit
@@ -248,7 +248,7 @@ def latex(results: Results) -> str:
             "    " + " & ".join(["Method", *(_stacked(heading(results, name)) for name in columns)]) + r" \\",
             r"    \midrule",
         ]
-        for method in results.methods:
+        for method in results.rows(scenario):
             values, gaps = [escape(method)], [""]
             for name in columns:
                 cell, unit = results.cell(scenario, method, name), results.definition(name).unit

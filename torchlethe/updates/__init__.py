@@ -16,6 +16,7 @@ from torchlethe.updates.mu_mis import MUMisUpdate
 from torchlethe.updates.natmu import NatMUUpdate
 from torchlethe.updates.random_label import RandomLabelUpdate
 from torchlethe.updates.salun import SalUnSoftUpdate, SalUnUpdate
+from torchlethe.updates.scar import SCARUpdate
 from torchlethe.updates.scrub import SCRUBUpdate
 from torchlethe.updates.sfron import SFRonUpdate
 from torchlethe.updates.ssd import SSDUpdate
@@ -44,6 +45,7 @@ __all__ = [
     "NatMUUpdate",
     "NegGradPlusUpdate",
     "RandomLabelUpdate",
+    "SCARUpdate",
     "SCRUBUpdate",
     "SFRonUpdate",
     "SSDUpdate",

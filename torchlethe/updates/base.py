@@ -110,7 +110,10 @@ class UpdateRule(ABC):
         """Look back after the last step, for instance to warn that it had little effect."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights and the optimizers: tensors and plain values."""
+        """What a resumed run needs beside the weights and the optimizers: tensors and plain values.
+
+        Sums that each rank counts for itself are joined here, so every rank has to call it, as a Trainer does.
+        """
         return {"prepared": self.prepared}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from torchlethe.components import all_reduce_sum, eval_mode, gather_in_order
+from torchlethe.components import all_reduce_mean, all_reduce_sum, eval_mode, gather_in_order
 from torchlethe.data import Hybrids, ImageDataset, as_batch
 from torchlethe.data.hashing import generator_for
 from torchlethe.data.hybrids import shuffled
@@ -245,7 +245,7 @@ class NatMUUpdate(LossUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         """Labels and partners of the hybrids; the masks follow from the arguments, later draws from the seed."""
-        guard = {"hits": self.hits, "accuracy_before": self.accuracy_before, "stopped": self.stopped}
+        guard = {"hits": all_reduce_mean(self.hits), "accuracy_before": self.accuracy_before, "stopped": self.stopped}
         return super().state_dict() | {"demand": self.feed.demand, "partners": self.feed.partners} | guard
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

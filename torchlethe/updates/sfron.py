@@ -23,11 +23,10 @@ from torchlethe.components import (
     AdaptiveForgetLoss,
     DiagonalFisher,
     FastSlowUpdater,
+    ForgetWatch,
     SaliencyMask,
-    all_reduce_sum,
     batch_norm_in_eval,
     restored,
-    world_size,
 )
 from torchlethe.data import Interleaved
 from torchlethe.functional.forgetting import forget_schedule, saliency_ratio, weight_entropy
@@ -188,17 +187,19 @@ class SFRonUpdate(UpdateRule):
         self.parameters: dict[str, nn.Parameter] = {}
         self.slow = FastSlowUpdater([], slow_beta)
         self.mask: SaliencyMask | None = None
-        self.clipped_steps: Tensor | None = None
-        self.forget_losses: Tensor | None = None
+        self.watch = self._new_watch()
 
     def configure(self, network: nn.Module) -> list[Optimizer]:
         """One optimizer, or two when the forgetting steps have their own; forgets what an earlier run found."""
-        self.prepared, self.mask, self.clipped_steps, self.forget_losses = False, None, None, None
+        self.prepared, self.mask, self.watch = False, None, self._new_watch()
         self.alpha, self.alpha_trials = math.nan if self.auto_alpha else self.alpha, {}
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimizers = [make(list(self.parameters.values())) for make in self._makers()]
         self.slow = FastSlowUpdater(self.parameters.values(), self.slow_beta)
         return self.optimizers
+
+    def _new_watch(self) -> ForgetWatch:
+        return ForgetWatch(-(-self.steps // self.forget_every), self.clip)
 
     def _makers(self) -> list[OptimizerFactory]:
         return [self.optimizer, *([self.forget_optimizer] if self.forget_optimizer else [])]
@@ -248,10 +249,9 @@ class SFRonUpdate(UpdateRule):
     def _trial(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]], alpha: float) -> float:
         """The mean loss on the forget set after a trial run."""
         trial = copy.copy(self)
-        trial.alpha, trial.prepared, trial.cosine_every, trial.clipped_steps = alpha, True, 0, None
+        trial.alpha, trial.prepared, trial.cosine_every, trial.watch = alpha, True, 0, self._new_watch()
         trial.optimizers = [make(list(self.parameters.values())) for make in self._makers()]
         trial.slow = FastSlowUpdater(self.parameters.values(), self.slow_beta)
-        trial.forget_losses = None
         backward = averaged_backward(self.parameters.values())
         with restored(network):
             if not any(part.training for part in network.modules()):
@@ -273,8 +273,7 @@ class SFRonUpdate(UpdateRule):
         logs: dict[str, Tensor | float] = {"lr": self.optimizers[0].param_groups[0]["lr"]}
         forget_gradients: list[Tensor] = []
         if k % self.forget_every == 0:
-            logs |= self._forget(network, batch["forget"], forget_schedule(self.schedule, progress), backward)
-            self._remember(logs["forget_loss"], k // self.forget_every)
+            logs |= self._forget(network, batch["forget"], k, backward)
             if self.cosine_every and k % (self.cosine_every * self.forget_every) == 0:
                 forget_gradients = self._gradients()
         logs |= self._repair(network, batch["remain"], backward)
@@ -285,11 +284,6 @@ class SFRonUpdate(UpdateRule):
         if (k + 1) % self.slow_period == 0 or k + 1 == self.steps:
             self.slow.pull()
         return logs
-
-    def _remember(self, loss: Any, number: int) -> None:
-        if self.forget_losses is None:
-            self.forget_losses = loss.new_full((-(-self.steps // self.forget_every),), math.nan)
-        self.forget_losses[number] = loss
 
     def _gradients(self) -> list[Tensor]:
         return [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters.values()]
@@ -302,8 +296,8 @@ class SFRonUpdate(UpdateRule):
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
-    def _forget(self, network: nn.Module, batch: Any, strength: float, backward: Backward) -> dict[str, Tensor | float]:
-        optimizer = self.optimizers[-1]
+    def _forget(self, network: nn.Module, batch: Any, k: int, backward: Backward) -> dict[str, Tensor | float]:
+        optimizer, strength = self.optimizers[-1], forget_schedule(self.schedule, k / self.steps)
         optimizer.zero_grad(set_to_none=True)
         with batch_norm_in_eval(network) if self.bn_forget == "eval" else nullcontext():
             logits, labels = logits_and_labels(network, batch)
@@ -319,10 +313,10 @@ class SFRonUpdate(UpdateRule):
         with self.mask.held(moved, optimizer) if self.mask and self.strict_mask else nullcontext():
             optimizer.step()
         with torch.no_grad():
-            clipped = (norm > self.clip).long()
-            self.clipped_steps = clipped if self.clipped_steps is None else self.clipped_steps + clipped
+            loss = losses.detach().mean()
+            self.watch.add(k // self.forget_every, loss, norm)
             return {
-                "forget_loss": losses.detach().mean(),
+                "forget_loss": loss,
                 "forget_loss_weighted": weighted.detach(),
                 "forget_weight_entropy": weight_entropy(weights),
                 "forget_misclassified": (logits.argmax(1) != labels).float().mean(),
@@ -341,33 +335,14 @@ class SFRonUpdate(UpdateRule):
 
     def finish(self, network: nn.Module) -> None:
         """Warn of signs that little was forgotten: no step was clipped, or the loss on forget batches did not rise."""
-        advice = f"raise alpha (now {self.alpha:g}) or lower forget_every (now {self.forget_every})."
-        if self.clipped_steps is not None and self.clip < float("inf") and not self.clipped_steps.item():
-            warnings.warn(
-                f"no forgetting step reached the clipping norm {self.clip}: if too little was forgotten, {advice}",
-                stacklevel=2,
-            )
-        if self.forget_losses is None:
-            return
-        losses = all_reduce_sum(self.forget_losses) / world_size()
-        losses = losses[losses.isfinite()].float()
-        if len(losses) >= 4:
-            # each batch has other samples: compare the first, before anything moved, with a quarter of the run
-            before, after = losses[0].item(), losses[-(len(losses) // 4) :].mean().item()
-            if after < 1.1 * before + 1e-3:
-                warnings.warn(
-                    f"the loss on forget batches did not move, from {before:.3g} to {after:.3g} in the last quarter of "
-                    f"the forgetting steps: {advice}",
-                    stacklevel=2,
-                )
+        self.watch.warn(f"raise alpha (now {self.alpha:g}) or lower forget_every (now {self.forget_every}).")
 
     def state_dict(self) -> dict[str, Any]:
         """Mask (one bit a weight), strength found, anchor of the slow update, and what :meth:`finish` judges."""
         return super().state_dict() | {
             "mask": self.mask.state_dict() if self.mask else None,
             "slow": self.slow.state_dict(),
-            "clipped_steps": self.clipped_steps,
-            "forget_losses": self.forget_losses,
+            **self.watch.state_dict(),
             "alpha": self.alpha if self.auto_alpha and self.prepared else None,
             "alpha_trials": self.alpha_trials,
         }
@@ -379,9 +354,7 @@ class SFRonUpdate(UpdateRule):
         saved = state["mask"]
         self.mask = SaliencyMask.from_state_dict(saved, device).like(self.parameters) if saved else None
         self.slow.load_state_dict(state["slow"])
-        self.clipped_steps, self.forget_losses = (
-            None if state.get(name) is None else state[name].to(device) for name in ("clipped_steps", "forget_losses")
-        )
+        self.watch.load_state_dict(state, device)
         if self.auto_alpha:
             self.alpha_trials = dict(state.get("alpha_trials", {}))
             # what was saved of a run with a given strength has none to restore: then prepare again
