@@ -31,7 +31,7 @@ from torchvision.transforms.functional import to_tensor
 
 from torchlethe.components.checkpoint_folder import Checkpoint, write_list
 from torchlethe.io import file_hash, save_weights
-from torchlethe.models import SmallCNN, features_and_logits, normalized, resnet8, resnet18
+from torchlethe.models import MLP, SmallCNN, features_and_logits, normalized, resnet8, resnet18
 from torchlethe.updates.protection import SelfEnsembleProtector
 
 CLASSES = 10
@@ -209,18 +209,26 @@ def vectorised(device: str, repeats: int) -> None:
             )
 
 
+def memory_network(device: str) -> tuple[str, nn.Module]:
+    """Name and network: on the CPU one with much memory and little work."""
+    if device == "cuda":
+        return "ResNet-18", normalized(resnet18(), "cifar10")
+    return "an MLP (24.1 MiB each)", normalized(MLP(CLASSES, 3, 32, hidden=(2048, 8)), "cifar10")
+
+
 def memory(device: str) -> None:
     """Peak memory in processes of their own."""
     for resident in (False, True):
         for count in (2, 8, 16):
             words = [sys.executable, __file__, "--device", device, "--peak", str(count)]
             done = subprocess.run(words + ["--resident"] * resident, capture_output=True, text=True, check=True)
-            print(f"{'resident' if resident else 'streamed'} {count:3} checkpoints of ResNet-18: {done.stdout.strip()}")
+            kind = "resident" if resident else "streamed"
+            print(f"{kind} {count:3} checkpoints of {memory_network(device)[0]}: {done.stdout.strip()}", flush=True)
 
 
 def peak(device: str, count: int, resident: bool) -> None:
     """What one process needs at most."""
-    network = normalized(resnet18(), "cifar10")
+    network = memory_network(device)[1]
     with tempfile.TemporaryDirectory() as name:
         make_ensemble(network, count, Path(name))
         rule = SelfEnsembleProtector(network, CLASSES, name, "sep", 8, 1, 2, count, resident=resident, notes=False)

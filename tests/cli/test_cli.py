@@ -133,8 +133,13 @@ ERRORS = {
         "SFRon changes a trained network",
         "--model.weights",
     ],
-    "PROTECT AdversarialPoisoning --model.num_classes 10": ["AdversarialPoisoning protects with a trained network", "--model.weights"],
-    "PROTECT ErrorMinimizing --model.num_classes 10 --model.objective emax": ["ErrorMinimizing protects with a trained network"],
+    "PROTECT AdversarialPoisoning --model.num_classes 10": [
+        "AdversarialPoisoning protects with a trained network",
+        "--model.weights",
+    ],
+    "PROTECT ErrorMinimizing --model.num_classes 10 --model.objective emax": [
+        "ErrorMinimizing protects with a trained network"
+    ],
     "fit --config digits/uap_data.yaml --config digits/fg_uap.yaml": [
         "FeatureGatheringUAP attacks a trained network",
         "--model.weights",

@@ -41,9 +41,7 @@ def write_ensemble(folder: Path) -> Path:
 def modules(ensemble: Path) -> dict[str, ProtectionModule]:
     """Preparations that are summed over ranks, in floats and in whole numbers, and one that each rank repeats."""
     return {
-        "sep_fa": SelfEnsembleProtection(
-            network(), 10, ensemble, "sep_fa", radius=16, step=4, steps=3, checkpoints=2
-        ),
+        "sep_fa": SelfEnsembleProtection(network(), 10, ensemble, "sep_fa", radius=16, step=4, steps=3, checkpoints=2),
         "ops": OnePixelShortcut(10),
         "em": ErrorMinimizing(
             network(), 10, radius=32, step=8.0, steps=2, train_steps=3, rounds=1, stop_error=1.1, seed=3

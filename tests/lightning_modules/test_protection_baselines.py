@@ -105,6 +105,14 @@ def test_what_was_prepared_is_read_by_the_next_run(name, tmp_path, monkeypatch):
     assert (first["image"] == second["image"]).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("name", ["ErrorMinimizing", "RobustErrorMinimizing", "DeepConfuse", "SyntheticShortcut"])
+def test_preparations_run_in_float32_whatever_the_precision(name, tmp_path):
+    expected = predict(module_of(name, seed=3), tmp_path / "32")["image"]
+    for precision in ("64-true", "bf16-mixed"):
+        found = predict(module_of(name, seed=3), tmp_path / precision, precision=precision)["image"]
+        assert torch.equal(found, expected), precision
+
+
 class _Counter(Callback):
     """Nothing but the count of protected images."""
 

@@ -98,7 +98,7 @@ def test_every_epoch_and_its_evaluation(golden, case):
         epochs.append(v.v.detach().clone())
         ratios.append(float(fooling.compute()) * 100)
         v.keep_if_better_(ratios[-1])
-        bounded.append(float(torch.linalg.vector_norm(v.v, v.p)) <= v.xi)
+        bounded.append(float(torch.linalg.vector_norm(v.v.detach(), v.p)) <= v.xi)
 
     craft(attack(golden, case), network, v, data(golden, "x_u8", "y"), int(golden["hp"][6]), evaluate)
     torch.testing.assert_close(torch.cat(epochs), torch.from_numpy(golden[f"{case}/v_epochs"]), rtol=0, atol=1e-10)

@@ -312,8 +312,13 @@ class LetheCLI(LightningCLI):
         arguments = (config.get("model") or Namespace()).get("init_args") or Namespace()
         given = arguments.get("weights") or config.get("ckpt_path") or _sets(arguments.get("network"), "pretrained")
         deed = _deed_on_a_trained_network(kind, self.command, arguments)
-        if deed and not given and not config.trainer.fast_dev_run:
-            other = "" if self.command == "predict" else ", or a checkpoint to resume from with --ckpt_path"
+        if kind is not None and deed and not given and not config.trainer.fast_dev_run:
+            # checkpoints of attacks do not hold the network
+            other = (
+                ""
+                if self.command == "predict" or deed == "attacks"
+                else ", or a checkpoint to resume from with --ckpt_path"
+            )
             raise UsageError(f"{kind.__name__} {deed} a trained network: give its weights with --model.weights{other}")
 
     def after_fit(self) -> None:
@@ -414,7 +419,7 @@ def _taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, s
 
 
 def _deed_on_a_trained_network(kind: Any, command: str, arguments: Any) -> str | None:
-    """What a method does to, or with, a network that makes no sense with a random one; None if there is no such thing."""
+    """What a method does to, or with, a network that makes no sense with a random one, or None."""
     from torchlethe.lightning_modules import ProtectionModule, UniversalPerturbation, UnlearningModule
 
     if not inspect.isclass(kind):

@@ -113,10 +113,11 @@ class SplitNetwork:
             self._handles.append(network.get_submodule(name).register_forward_hook(self._take_activation))
 
     def _take_feature(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._feature.append(inputs[0])
+        # a layer that works in place would overwrite what it was given
+        self._feature.append(inputs[0].clone() if getattr(layer, "inplace", False) else inputs[0])
 
     def _take_activation(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._activations.append(output)
+        self._activations.append(output.clone())  # a ReLU in place may follow
 
     def __call__(self, image: Tensor) -> Outputs:
         """Pass images through.

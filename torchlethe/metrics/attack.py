@@ -108,7 +108,7 @@ class AttackMetrics(nn.Module):
         return found
 
     def histogram(self) -> Tensor:
-        """(K,) predictions on perturbed images, of all ranks after :meth:`compute`."""
+        """(K,) predictions on the perturbed images that this rank has seen."""
         return self.metrics["dominance"].histogram  # type: ignore[return-value]
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ from torchlethe.models.autoencoder import Autoencoder
 from torchlethe.models.base import FeatureNetwork, parameter_count
 from torchlethe.models.cifar_resnet import CifarResNet, resnet8, resnet20, resnet32, resnet56
 from torchlethe.models.densenet import DenseNet, densenet121
-from torchlethe.models.heads import features_and_logits, features_of, head_name, head_of, replace_head
+from torchlethe.models.heads import features_of, head_name, head_of, replace_head
 from torchlethe.models.hubs import timm_network, torchvision_network
 from torchlethe.models.huggingface import TransformersClassifier
 from torchlethe.models.inception import GoogLeNet, googlenet

@@ -127,31 +127,6 @@ def features_of(network: nn.Module, image: Tensor) -> Tensor:
     return network.features(image) if isinstance(network, HeadAccess) else features_and_logits(network, image)[0]
 
 
-def features_and_logits(network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute what the classifier of a network reads and what the network gives, in one pass.
-
-    Args:
-        network: Any classifier.
-        image: What its ``forward`` takes, ``(B, C, H, W)``.
-
-    Returns:
-        ``(B, D)`` features and ``(B, K)`` logits, with autograd.
-
-    Raises:
-        ValueError: The network has no known classifier, or one that reads something else than one row for each image.
-    """
-    seen: list[Tensor] = []
-    handle = head_of(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        logits = network(image)
-    finally:
-        handle.remove()
-    if not seen or seen[-1].ndim != 2:
-        shape = tuple(seen[-1].shape) if seen else "nothing"
-        raise ValueError(f"the head of network {type(network).__name__} must read features (B, D), it read {shape}.")
-    return seen[-1], logits
-
-
 class HeadAccess:
     """Mixin for ``nn.Module``: ``network.head`` is the classifier, and assigning to it replaces the classifier."""
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from torchlethe.components.distributed import all_reduce_mean, all_reduce_sum, world_size
 from torchlethe.data import PADDING_LABEL, Feed, PositionedLoader, RoleLoader, model_input
 from torchlethe.functional import scar
-from torchlethe.models.heads import features_and_logits
+from torchlethe.models import features_and_logits
 from torchlethe.updates.base import LossUpdate, OptimizerFactory
 from torchlethe.updates.originals import KeepsOriginal
 

@@ -1,17 +1,19 @@
 """Universal attacks as users meet them: they fool, stay in their ball, leave the network alone, resume and export."""
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from tests.helpers import assert_same_bits, quiet_trainer
 from tests.lightning_modules.attacks.attack_runs import digits, fit, scores_of, trained
@@ -20,7 +22,9 @@ from torchlethe.callbacks import CompileNetwork, ExportPerturbation
 from torchlethe.components.perturbation_file import load_perturbation
 from torchlethe.data import Augmentation
 from torchlethe.datamodules import ProxyImages
+from torchlethe.io import load_weights
 from torchlethe.lightning_modules import FeatureGatheringUAP, RandomPerturbation
+from torchlethe.models import CifarResNet, normalized
 
 XI = 0.25
 
@@ -72,6 +76,10 @@ def test_fg_beats_random_signs_and_a_target_is_reached():
     assert scores["test_fooling_ratio"] > 2 * random
     assert scores["test_clean_accuracy"] > 0.9 > scores["test_accuracy"]
     assert scores["test_cosine_to_uap"] > scores["test_cosine_to_clean"] - 0.3
+    with torch.no_grad():
+        attack.noise.v.zero_()  # the last v; the chosen one counts once the fit is over
+    image = torch.rand(2, 1, 8, 8)
+    assert torch.equal(attack.perturb(image), (image + attack.noise.best).clamp(0, 1))
     targeted = module(target=8)
     fit(targeted, epochs=10)
     scores = scores_of(targeted)
@@ -103,6 +111,32 @@ def test_no_perturbation_fools_nothing_and_its_class_is_a_direct_forward():
     constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     nn.init.zeros_(constant[1].weight)
     assert scores_of(RandomPerturbation(constant, 10, xi=XI))["test_fooling_ratio"] == 0
+
+
+def test_an_attack_that_finds_nothing_says_so():
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(constant[1].weight)
+    with pytest.warns(UserWarning, match="DFUAP found nothing: v changed no prediction"):
+        fit(methods.DFUAP(constant, 10, xi=XI), epochs=1)
+
+
+@pytest.mark.shared
+def test_a_published_network_on_real_photographs(shared_dir):
+    """ResNet-20 of akamaster/pytorch_resnet_cifar10; on JPEG-compressed images random signs fool it often too."""
+    network = load_weights(normalized(CifarResNet(20), "imagenet"), shared_dir / "weights/resnet20_cifar10.safetensors")
+    (file,) = (shared_dir / "data/cifar10").rglob("test*.parquet")
+    rows = next(pq.ParquetFile(file).iter_batches(448)).to_pydict()
+    pixels = np.stack([np.array(Image.open(io.BytesIO(image["bytes"]))) for image in rows["img"]])
+    pairs = TensorDataset(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(rows["label"]))
+    attack = FeatureGatheringUAP(network, 10)
+    held_out, judged = (DataLoader(Subset(pairs, range(*part)), batch_size=128) for part in ((0, 64), (192, 448)))
+    trainer = quiet_trainer(max_epochs=4, num_sanity_val_steps=0)
+    trainer.fit(attack, DataLoader(Subset(pairs, range(64, 192)), batch_size=16), held_out)
+    (found,) = quiet_trainer().test(attack, judged, verbose=False)
+    (noise,) = quiet_trainer().test(RandomPerturbation(network, 10), judged, verbose=False)
+    assert found["test_fooling_ratio"] > 0.6
+    assert found["test_fooling_ratio"] > 1.5 * noise["test_fooling_ratio"]
+    assert found["test_clean_accuracy"] > 0.7
 
 
 def test_the_zero_start_is_a_stationary_point_and_says_so():
@@ -151,6 +185,19 @@ def test_a_cache_that_does_not_fit_is_noticed():
     loader = DataLoader(TensorDataset(torch.rand(20, 1, 8, 8), torch.zeros(20).long()), batch_size=10)
     with pytest.raises(ValueError, match="batches have no index"):
         quiet_trainer(max_epochs=2).fit(module(cache_clean="always"), loader)
+
+
+def test_other_datamodules_may_look_like_ours():
+    class Pairs(LightningDataModule):
+        augmentation = None
+        train_set = TensorDataset(torch.rand(20, 1, 8, 8), torch.zeros(20).long())
+
+        def train_dataloader(self):
+            return DataLoader(self.train_set, batch_size=10)
+
+    attack = module()
+    fit(attack, epochs=2, data=Pairs())  # no index in its batches: auto does not cache
+    assert attack.noise.v.shape == (1, 1, 8, 8)
 
 
 def test_checkpoints_hold_v_alone_and_resume_to_the_same_bits(tmp_path):
@@ -333,6 +380,10 @@ def test_wrong_combinations_get_one_sentence(tmp_path):
         module(methods.DFUAP, target=1, kind="bounded_neg")
     with pytest.raises(ValueError, match="at least 8×8"):
         methods.GAPUAP(nn.Flatten(), 10, image_shape=[1, 4, 4]).build([1, 4, 4])
+    normalised = DataLoader(TensorDataset(torch.randn(20, 1, 8, 8), torch.zeros(20).long()), batch_size=10)
+    for run in (quiet_trainer(max_epochs=1).fit, quiet_trainer().test):
+        with pytest.raises(ValueError, match=r"images range from -.* they must lie in \[0, 1\]"):
+            run(module(), normalised)
     attack = module()
     attack.build([1, 8, 8])
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,23 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from torchlethe.components.batch_norm_folding import foldable_pairs, folded_network, folded_weights
-from torchlethe.components.clean_cache import BatchCache, IndexCache, fingerprint
-from torchlethe.components.originals import weights_hash
-from torchlethe.components.perturbation_file import load_perturbation, save_perturbation
+from torchlethe.components.clean_cache import BatchCache, IndexCache
+from torchlethe.components.perturbation_file import load_perturbation
 from torchlethe.components.split_network import SplitNetwork, find_feature_layer
 from torchlethe.components.universal_noise import Init, UniversalNoise, check_ball
 from torchlethe.data import model_input
 from torchlethe.io import load_weights
-from torchlethe.lightning_modules.attacks.image_source import image_shape, in_stored_order
-from torchlethe.lightning_modules.attacks.judging import JudgedPerturbation
-from torchlethe.lightning_modules.unlearning.base import StepCounter
+from torchlethe.lightning_modules.attacks.image_source import image_shape
+from torchlethe.lightning_modules.attacks.judging import check_range
+from torchlethe.lightning_modules.attacks.storing import StoredPerturbation, without_network
+from torchlethe.lightning_modules.attacks.training_cache import training_cache
+from torchlethe.lightning_modules.loops import StepCounter
 from torchlethe.metrics.attack import AttackMetrics
 from torchlethe.updates.attacks import UniversalAttack, clean_outputs
 
-CACHE_LIMIT = 2 << 30  # bytes of clean outputs that "auto" keeps
 
-
-class UniversalPerturbation(JudgedPerturbation):
+class UniversalPerturbation(StoredPerturbation):
     """One perturbation v, ‖v‖_p ≤ ξ, that changes a frozen classifier's prediction on most images.
 
     ``fit`` learns v, ``test`` judges it on any datamodule, ``predict`` gives perturbed images, and ``forward`` the
@@ -70,7 +69,7 @@ class UniversalPerturbation(JudgedPerturbation):
 
     Raises:
         ValueError: an argument is out of range, the network has no such feature layer, data and perturbation differ in
-            size, or the Trainer's precision or clipping does not fit.
+            size, images are not in [0, 1], or the Trainer's precision or clipping does not fit.
 
     Note:
         Under DDP gradients are averaged over ranks and v is equal on all of them: two ranks with half the batch each
@@ -136,7 +135,7 @@ class UniversalPerturbation(JudgedPerturbation):
         self._restored: dict[str, Any] | None = None
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._hash: str | None = None
-        self.register_state_dict_post_hook(_without_network)
+        self.register_state_dict_post_hook(without_network)
 
     def build(self, shape: Sequence[int]) -> None:
         """Make v for images of a shape (C, H, W), unless it is there; a run does this by itself."""
@@ -232,43 +231,8 @@ class UniversalPerturbation(JudgedPerturbation):
     def on_train_start(self) -> None:
         """Ask the network about all clean training images at once, where that saves work."""
         self.network.eval()
-        if self._training_cache is None and self._may_cache():
-            self._training_cache = self._fill_cache()
-
-    def _may_cache(self) -> bool:
-        if self.cache_clean == "never" or not self.attack.clean:
-            return False
-        if self.cache_clean == "always":
-            return True
-        trainer, datamodule = self.trainer, getattr(self.trainer, "datamodule", None)
-        fixed = hasattr(datamodule, "train_set") and getattr(datamodule, "augmentation", "unknown") is None
-        whole = trainer.limit_train_batches == 1.0 and not trainer.overfit_batches  # type: ignore[attr-defined]
-        if trainer.max_epochs == 1 or trainer.fast_dev_run or not fixed or not whole:  # type: ignore[attr-defined]
-            return False
-        head = self.split.head_weight()
-        width = self.num_classes + (0 if head is None else head.shape[1])
-        return len(datamodule.train_set) * width * 4 <= CACHE_LIMIT  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def _fill_cache(self) -> IndexCache | None:
-        columns: dict[str, list[Tensor]] = {"index": [], "mark": []}
-        for given in self._transferred(in_stored_order(self.trainer)):
-            batch = model_input(given)
-            if "index" not in batch:
-                raise ValueError("cache_clean is 'always', but the batches have no index: set it to 'auto'.")
-            clean = self._clean(batch["image"])
-            found = {name: value for name, value in clean.items() if name.removeprefix("clean_") in self.attack.clean}
-            for name, value in {"index": batch["index"], "mark": fingerprint(batch["image"]), **found}.items():
-                columns.setdefault(name, []).append(value)
-        rows = {name: torch.cat(parts) for name, parts in columns.items()}
-        return IndexCache(rows.pop("index"), marks=rows.pop("mark"), outputs=rows)
-
-    def _transferred(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """Batches as the Trainer's own loops would hand them over."""
-        for given in loader:
-            batch = self.trainer.precision_plugin.convert_input(given)
-            batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if self._training_cache is None:
+            self._training_cache = training_cache(self, self.cache_clean)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look at the labels of the first batch only where they are used."""
@@ -279,6 +243,7 @@ class UniversalPerturbation(JudgedPerturbation):
         """One step of the attack."""
         batch = dict(model_input(batch))
         image = batch["image"]
+        check_range(image, batch_idx)
         if self._training_cache is not None:
             batch |= self._training_cache.get(batch["index"], image)
         elif self.attack.clean:
@@ -305,68 +270,3 @@ class UniversalPerturbation(JudgedPerturbation):
             self.log("train_saturation", self.noise.saturation())
         if self._training_cache is not None:
             self._training_cache.check()
-
-    def about(self) -> dict[str, Any]:
-        """What one needs to know about v: method, ball, network, score; plain values."""
-        score = float(self.noise.best_score)
-        return {
-            "method": type(self).__name__,
-            "xi": self.xi,
-            "p": str(self.p),
-            "clamp": self.clamp,
-            "init": self.init,
-            "seed": self.seed,
-            "target": self.target,
-            "shape": list(self.noise.v.shape[1:]),
-            "pixels": "added to images in [0, 1], before normalisation",
-            "network": type(self.network).__name__,
-            "network_sha256": self.network_hash(),
-            "feature_layer": self._split.feature_layer if self._split is not None else self.feature_layer,
-            "selection_score": score if score >= 0 else None,
-        }
-
-    def export(self, path: str | Path) -> Path:
-        """Write v as ``.npz`` (with its description) or ``.png``, after checking its bound.
-
-        Args:
-            path: the file.
-
-        Raises:
-            ValueError: v exceeds ξ, or the suffix is another one.
-        """
-        return save_perturbation(path, self.noise.chosen, self.xi, self.p, self.about())
-
-    def network_hash(self) -> str:
-        """SHA-256 of the network's weights, computed once."""
-        if self._hash is None:
-            self._hash = weights_hash(self.network)
-        return self._hash
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the attack's state and the hash of the network, whose weights are left out."""
-        shape = list(self.noise.v.shape[1:])
-        checkpoint["attack"] = {"state": self.attack.state_dict(), "network_hash": self.network_hash(), "shape": shape}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make v before it is filled; refuse a checkpoint for another network."""
-        state = checkpoint.get("attack")
-        if state is None or "perturbation.v" not in checkpoint["state_dict"]:
-            raise ValueError(f"the checkpoint holds no perturbation, so it is none of a {type(self).__name__}.")
-        if state["network_hash"] != self.network_hash():
-            raise ValueError(
-                f"the checkpoint was made for a network with other weights ({state['network_hash'][:12]}…) than this "
-                f"one ({self.network_hash()[:12]}…): give the same with the argument weights."
-            )
-        self.build(state["shape"])
-        self._restored = state["state"]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what a checkpoint holds; the network keeps its own weights."""
-        own = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        return super().load_state_dict({**state_dict, **own}, strict, assign)
-
-
-def _without_network(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-    """Leave the network out of checkpoints: it is somebody else's, and large."""
-    for name in [name for name in state if name.startswith(f"{prefix}network.")]:
-        del state[name]

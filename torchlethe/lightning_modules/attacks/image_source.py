@@ -1,15 +1,13 @@
-"""Looking at a run's data before its loops do: the size of the images, and the training images in stored order."""
+"""Looking at a run's data before its loops do: the size of the images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from torchlethe.data import PositionedLoader, as_batch
-from torchlethe.lightning_modules.unlearning.base import in_order
+from torchlethe.data import as_batch
 
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
@@ -62,19 +60,3 @@ def _first_image(loader: Any) -> Any:
         sample = loader.dataset[0]
         return sample["image"] if isinstance(sample, dict) and "image" in sample else sample[0]
     return as_batch(next(iter(loader)))["image"]
-
-
-def in_stored_order(trainer: Trainer) -> Iterable[Any]:
-    """The training data once, each rank its share, without augmentation where the datamodule can do without.
-
-    Args:
-        trainer: in a fit.
-    """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    given: Any = trainer.train_dataloader
-    if hasattr(datamodule, "eval_loader") and getattr(datamodule, "train_set", None) is not None:
-        return datamodule.eval_loader(datamodule.train_set)
-    if isinstance(given, PositionedLoader):
-        # a pass of its own, that leaves the position of the training loader alone
-        return PositionedLoader(given.dataset, batch_size=given.batch_size)
-    return in_order(given, trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,12 +16,13 @@ from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.data import as_batch, model_input
 from torchlethe.lightning_modules.base import ClassificationModule
 from torchlethe.metrics.attack import AttackMetrics, uap_classes
-from torchlethe.updates.attacks import clean_outputs
+from torchlethe.updates.attacks import UniversalAttack, clean_outputs
 
 
 class JudgedPerturbation(ClassificationModule):
     """The part of :class:`UniversalPerturbation` that measures and applies v; not for use by itself."""
 
+    attack: UniversalAttack
     perturbation: UniversalNoise | None
     target: int | None
     select_on: Literal["val", "none"]
@@ -40,7 +42,8 @@ class JudgedPerturbation(ClassificationModule):
     def build(self, shape: Sequence[int]) -> None:
         """Make v for images of a shape (C, H, W)."""
 
-    def _clean(self, image: Tensor) -> dict[str, Tensor]:
+    def clean_outputs(self, image: Tensor) -> dict[str, Tensor]:
+        """Features and logits of clean images, in the precision of the run."""
         with self.trainer.precision_plugin.forward_context():
             return clean_outputs(self.split, image)
 
@@ -57,7 +60,9 @@ class JudgedPerturbation(ClassificationModule):
 
     def current(self) -> Tensor:
         """V (1, C, H, W): the running one in a fit, otherwise the one that did best (the last without selection)."""
-        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        # a finished trainer still says that it was fitting
+        state = None if self._trainer is None else self._trainer.state
+        fitting = state is not None and state.fn == "fit" and state.status == "running"
         return self.noise.v.detach() if fitting else self.noise.chosen
 
     def perturb(self, image: Tensor) -> Tensor:
@@ -68,15 +73,23 @@ class JudgedPerturbation(ClassificationModule):
         """Logits (B, K) of the perturbed images."""
         if self.perturbation is None:
             self.build(image.shape[1:])
+            self.noise.to(image.device)
         return super().forward(self.perturb(image))
+
+    def on_train_end(self) -> None:
+        """Say so when nothing was found."""
+        if float(self.noise.best_score) == 0:
+            what = "changed no prediction" if self.target is None else f"sent no image to class {self.target}"
+            warnings.warn(f"{type(self).__name__} found nothing: v {what} on the validation data.", stacklevel=2)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Compare predictions with those on clean images, which are asked for once."""
         batch = model_input(batch)
         image, v = batch["image"], self.current()
+        check_range(image, batch_idx)
 
         def compute() -> dict[str, Tensor]:
-            return {"prediction": self._clean(image)["clean_logits"].argmax(1)}
+            return {"prediction": self.clean_outputs(image)["clean_logits"].argmax(1)}
 
         cache = self._validation_caches.setdefault(dataloader_idx, BatchCache())
         clean = cache.get(batch_idx, image, compute)["prediction"]
@@ -109,6 +122,7 @@ class JudgedPerturbation(ClassificationModule):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Compare logits and features with those of clean images."""
         batch = model_input(batch)
+        check_range(batch["image"], batch_idx)
         clean = clean_outputs(self.split, batch["image"])
         out = self.split(self.perturb(batch["image"]))
         self.test_attack.update(
@@ -139,6 +153,7 @@ class JudgedPerturbation(ClassificationModule):
             batch = {"image": batch[0], "label": batch[1]} if isinstance(batch, list | tuple) else {"image": batch}
         label = batch.get("label")
         image = model_input(as_batch(batch | {"label": torch.zeros(0).long() if label is None else label}))["image"]
+        check_range(image, batch_idx)
         written = self.rounded(image)
         logits = self.split(written.to(self.noise.v.dtype) / 255).logits.float()
         self._predicted = len(logits) + (self._predicted if batch_idx else 0)
@@ -153,3 +168,23 @@ class JudgedPerturbation(ClassificationModule):
         # 1e-3 of a pixel step: a bound of 8/255 must not become 7 by rounding
         change = moved - clean
         return (clean + change.sign() * (change.abs() + 1e-3).floor()).clamp(0, 255).to(torch.uint8)
+
+
+def check_range(image: Tensor, batch_idx: int) -> None:
+    """Refuse normalised images, in the first batch of a pass: ξ and the clamp are meant for [0, 1].
+
+    Args:
+        image: (B, C, H, W) floating.
+        batch_idx: its place in the pass; later batches are not looked at, as that waits for the device.
+
+    Raises:
+        ValueError: they lie far outside [0, 1]; what interpolation overshoots is let through.
+    """
+    if batch_idx:
+        return
+    low, high = (float(value) for value in image.aminmax())
+    if low < -0.25 or high > 1.25:
+        raise ValueError(
+            f"images range from {low:.3g} to {high:.3g}, they must lie in [0, 1]: normalisation belongs to the network "
+            "(torchlethe.models.normalized)."
+        )

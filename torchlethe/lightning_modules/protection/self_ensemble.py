@@ -37,8 +37,8 @@ class SelfEnsembleProtection(ProtectionModule):
             of 120, and 15 for ``sep_fa_vr``.
         inner_steps: M, for ``sep_fa_vr`` alone; the official code has 16 as its default and 15 in its job list.
         target: the wrong class of class 0, of class 1, …; by default the class K/2 further on, cyclically.
-        labels: ``given``, or ``predicted`` where the owner's labels are not known or not to be used: each image is pushed
-            away from the class that the last checkpoint sees in it. Written labels stay those of the data.
+        labels: ``given``, or ``predicted`` where the owner's labels are not known or not to be used: each image is
+            pushed away from the class that the last checkpoint sees in it. Written labels stay those of the data.
         compat: ``fixed``, or ``official`` for two mistakes of the published code (its first checkpoint's class means
             are taken in train mode; inner gradients aim at the last checkpoint's class means), to reproduce its bytes.
         seed: seed of the checkpoints that ``sep_fa_vr`` draws.

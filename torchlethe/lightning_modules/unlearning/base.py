@@ -12,25 +12,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from torchlethe.components import eval_mode
 from torchlethe.data import Feed, model_input
 from torchlethe.io import file_hash
 from torchlethe.lightning_modules.base import ClassificationModule
+from torchlethe.lightning_modules.loops import StepCounter, in_order
 from torchlethe.updates import LossUpdate, UpdateRule
 from torchlethe.updates.originals import KeepsOriginal
-
-
-class StepCounter(torch.optim.Optimizer):
-    """An optimizer that changes nothing: stepping it once a batch makes Lightning count one ``global_step`` a batch."""
-
-    def __init__(self) -> None:
-        super().__init__([torch.zeros(())], {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> Any:
-        """Run the closure, when there is one."""
-        return closure() if closure is not None else None
 
 
 class UnlearningModule(ClassificationModule):
@@ -329,18 +318,3 @@ class StepsAhead:
                 sources[role] = iter(roles[role])
                 batch[role] = next(sources[role])
             yield batch
-
-
-def in_order(loader: Any, trainer: Trainer) -> Any:
-    """A stock loader's data in stored order, each rank its share; a loader of another kind as it is.
-
-    Random transforms inside the data set cannot be switched off from here.
-    """
-    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
-        return loader
-    sampler: Any = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-    if trainer.world_size > 1:
-        sampler = DistributedSampler(loader.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-    return DataLoader(
-        loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, collate_fn=loader.collate_fn
-    )

@@ -79,7 +79,7 @@ class DeepFoolAttack(UniversalAttack):
         count = min(self.classes, len(order))
         asked = torch.cat([order.new_tensor([label]), order[order != label][: count - 1]])
         total = torch.zeros_like(image)
-        for _ in range(self.max_iterations):
+        for iteration in range(self.max_iterations + 1):
             copies = (image + (1 + self.overshoot) * total).expand(count, *image.shape[1:]).clone().requires_grad_()
             with torch.enable_grad():
                 logits = network(copies).logits
@@ -87,6 +87,8 @@ class DeepFoolAttack(UniversalAttack):
                 (gradient,) = torch.autograd.grad(chosen.sum(), copies)
             if int(logits[0].argmax()) != label:
                 return (1 + self.overshoot) * total
+            if iteration == self.max_iterations:  # the last step is judged too
+                break
             w = (gradient[1:] - gradient[:1]).float()
             f = (chosen[1:] - chosen[0]).detach().float().abs()
             norms = w.flatten(1).norm(dim=1).clamp(min=1e-12)

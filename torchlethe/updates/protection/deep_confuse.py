@@ -23,7 +23,7 @@ from torchlethe.updates.protection.settings import (
     check_least,
     check_radius,
     described,
-    own_random_state,
+    own_training_state,
     progress,
 )
 from torchlethe.updates.protection.whole_set import WholeSet
@@ -93,16 +93,19 @@ class DeepConfuseProtector(Protection):
         Returns:
             ``clean_loss`` of the classifiers after their virtual steps, mean over the last round.
         """
-        with gradients_on(), own_random_state(device, self.seed):
+        with gradients_on(), own_training_state(device, self.seed):
             everything = WholeSet(data, device)
             learner = copy.deepcopy(self.networks["generator"]).to(device).requires_grad_(True).float().train()
             optimizer = torch.optim.Adam(learner.parameters(), lr=self.generator_lr)
             batches = everything.training_rows(self.batch_size, self.seed)
+            architecture = copy.deepcopy(
+                self.networks["network"]
+            ).float()  # in double precision other weights are drawn
             last = 0.0
             with progress("DeepConfuse", self.rounds * self.steps) as advance:
                 for number in range(self.rounds):
                     fixed = copy.deepcopy(learner).requires_grad_(False)
-                    network = randomised_copy(self.networks["network"], mix_seed(self.seed, number)).to(device).float()
+                    network = randomised_copy(architecture, mix_seed(self.seed, number)).to(device)
                     with differentiable_twice(network):
                         network.train()
                         total = torch.zeros((), device=device)

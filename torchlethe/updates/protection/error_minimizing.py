@@ -14,7 +14,7 @@ from torchlethe.functional.sign_descent import sign_descent
 from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
-from torchlethe.updates.protection.settings import check_choice, check_least, own_random_state, progress
+from torchlethe.updates.protection.settings import check_choice, check_least, own_training_state, progress
 from torchlethe.updates.protection.whole_set import WholeSet
 
 
@@ -93,14 +93,16 @@ class ErrorMinimizingProtector(JointNoiseProtector):
         Returns:
             ``rounds``, and ``error`` on x + δ at the end.
         """
-        with gradients_on(), own_random_state(device, self.seed):
+        with gradients_on(), own_training_state(device, self.seed):
             everything = WholeSet(data, device).subset(self.share, self.seed)
             classwise = self.noise_of == "class"
             count = self.num_classes if classwise else len(everything)
             noise = torch.zeros(count, *everything.image.shape[1:], device=device)
             rows = everything.label if classwise else torch.arange(count, device=device)
             trains = self.objective == "emin"
-            network = self.fresh_network(device) if trains else copy.deepcopy(self.networks["network"]).to(device)
+            network = (
+                self.fresh_network(device) if trains else copy.deepcopy(self.networks["network"]).to(device).float()
+            )
             optimizer, batches = self.optimizer(network), everything.training_rows(self.batch_size, self.seed)
             done, error = 0, 1.0
             with progress("error-minimising noise", self.rounds) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -64,10 +65,9 @@ class JointNoiseProtector(Protection):
     # --- for subclasses -------------------------------------------------------------------------------------------
 
     def fresh_network(self, device: torch.device | str) -> nn.Module:
-        """A copy to be trained, in at least float32, with weights drawn from the seed."""
-        network = randomised_copy(self.networks["network"], self.seed).to(device).requires_grad_(True)
-        low = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters())
-        return network.float() if low else network
+        """A copy to be trained, in float32, with weights drawn from the seed."""
+        architecture = copy.deepcopy(self.networks["network"]).float()  # in double precision other weights are drawn
+        return randomised_copy(architecture, self.seed).to(device).requires_grad_(True)
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
         """SGD with the settings of the arguments."""

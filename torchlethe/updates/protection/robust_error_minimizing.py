@@ -14,7 +14,7 @@ from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
-from torchlethe.updates.protection.settings import check_above, check_least, own_random_state, progress
+from torchlethe.updates.protection.settings import check_above, check_least, own_training_state, progress
 from torchlethe.updates.protection.whole_set import WholeSet
 
 _TRAIN, _FINAL = 0, 1  # purposes of random numbers
@@ -93,7 +93,7 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
         Returns:
             ``error`` of the network on x + δ at the end.
         """
-        with gradients_on(), own_random_state(device, self.seed):
+        with gradients_on(), own_training_state(device, self.seed):
             everything = WholeSet(data, device)
             noise = torch.zeros(everything.image.shape, device=device)
             network = self.fresh_network(device)

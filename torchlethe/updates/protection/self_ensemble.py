@@ -130,8 +130,8 @@ class SelfEnsembleProtector(EnsembleGradients, Protection):
         inner = network.network if isinstance(network, NormalizedClassifier) else network
         if compiled and not isinstance(inner, FeatureNetwork):
             raise ValueError(
-                f"compiled is true, but {type(inner).__name__} is no torchlethe.models.FeatureNetwork: its features are "
-                "read by a hook, which would be compiled anew for each checkpoint."
+                f"compiled is true, but {type(inner).__name__} is no torchlethe.models.FeatureNetwork: its features "
+                "are read by a hook, which would be compiled anew for each checkpoint."
             )
         self.num_classes, self.variant, self.compat, self.seed = num_classes, variant, compat, seed
         self.radius, self.step, self.steps, self.inner_steps = radius, step, steps, inner_steps

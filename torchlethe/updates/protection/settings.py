@@ -66,9 +66,17 @@ def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def own_random_state(device: torch.device | str, seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers (dropout) depend on a seed alone; afterwards the state is what it was."""
-    place = torch.device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+def own_training_state(device: torch.device | str, seed: int) -> Iterator[None]:
+    """For a training of its own: inside, torch's random numbers (dropout) depend on a seed alone.
+
+    And everything is float32, whatever autocast or default type a Trainer's precision has set.
+    """
+    place, before = torch.device(device), torch.get_default_dtype()
+    random_state = torch.random.fork_rng(devices=[place] if place.type == "cuda" else [])
+    with random_state, torch.autocast(place.type, enabled=False):
         torch.manual_seed(seed)
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

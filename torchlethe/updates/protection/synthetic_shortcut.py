@@ -82,7 +82,7 @@ class SyntheticShortcutProtector(Protection):
             random_state=mix_seed(*b"synthetic shortcut", self.seed) % 2**32,
         )
         drawn, of_class = torch.from_numpy(samples).float(), torch.from_numpy(classes)
-        self.values = torch.zeros(len(label), features)
+        self.values = torch.zeros(len(label), features, dtype=torch.float32)
         for number in range(self.num_classes):
             rows = (label == number).nonzero().flatten()
             self.values[rows] = drawn[of_class == number][: len(rows)]
