@@ -124,7 +124,24 @@ def features_of(network: nn.Module, image: Tensor) -> Tensor:
     Raises:
         ValueError: The network has no known classifier, or one that reads something else than one row for each image.
     """
-    return network.features(image) if isinstance(network, HeadAccess) else features_and_logits(network, image)[0]
+    return network.features(image) if isinstance(network, HeadAccess) else through_head(network, image)[0]
+
+
+def through_head(network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of any network with a known classifier, the features as they pass its head.
+
+    Args and raises as :func:`torchlethe.models.features_and_logits`, which knows shorter ways for some networks.
+    """
+    seen: list[Tensor] = []
+    handle = head_of(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        logits = network(image)
+    finally:
+        handle.remove()
+    if not seen or seen[-1].ndim != 2:
+        shape = tuple(seen[-1].shape) if seen else "nothing"
+        raise ValueError(f"the head of network {type(network).__name__} must read features (B, D), it read {shape}.")
+    return seen[-1], logits
 
 
 class HeadAccess:

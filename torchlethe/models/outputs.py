@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torchlethe.models.base import FeatureNetwork
-from torchlethe.models.heads import head_of
+from torchlethe.models.heads import through_head
 from torchlethe.models.normalize import NormalizedClassifier
 
 
@@ -27,13 +27,4 @@ def features_and_logits(network: nn.Module, image: Tensor) -> tuple[Tensor, Tens
     if isinstance(network, FeatureNetwork):
         features = network.features(image)
         return features, network.linear(features)
-    seen: list[Tensor] = []
-    handle = head_of(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        logits = network(image)
-    finally:
-        handle.remove()
-    if not seen or seen[-1].ndim != 2:
-        shape = tuple(seen[-1].shape) if seen else "nothing"
-        raise ValueError(f"the head of network {type(network).__name__} must read features (B, D), it read {shape}.")
-    return seen[-1], logits
+    return through_head(network, image)
