@@ -71,7 +71,7 @@ def test_two_ranks_write_what_one_writes(tmp_path):
     writer = ProtectedWriter(tmp_path / "two" / "protected", formats=["png", "npz"])
     module = ProtectionModule(Noise(), cache=False)
     trainer = quiet_trainer(callbacks=[writer])
-    module.trainer = trainer
+    module.trainer, trainer.datamodule = trainer, data
     trainer.strategy.connect(module)
     writer.setup(trainer, module, "predict")
     seen = []
@@ -102,6 +102,33 @@ def test_other_settings_do_not_mix(tmp_path):
         protect(tmp_path, Noise(amplitude=2))
     with pytest.raises(ValueError, match="another method, settings, source or formats"):
         protect(tmp_path, data={"classes": [3]})
+
+
+def pairs(shift=0):
+    data = clean_digits()
+    return torch.utils.data.TensorDataset(data.images[:100].roll(shift, 0), data.labels[:100].roll(shift, 0))
+
+
+def predict_pairs(folder, dataset, **loader):
+    writer = ProtectedWriter(folder, formats=["npz"])
+    module = ProtectionModule(Noise(), cache=False)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=50, **loader)
+    quiet_trainer(callbacks=[writer]).predict(module, loader, return_predictions=False)
+    return module.protection.seen
+
+
+def test_a_plain_loader_of_pairs_is_known_by_its_content(tmp_path):
+    assert predict_pairs(tmp_path / "own", pairs()) == list(range(100))
+    assert torch.equal(read_protected(tmp_path / "own").images, expected()[:100])
+    assert predict_pairs(tmp_path / "own", pairs()) == []
+    with pytest.raises(ValueError, match="another method, settings, source or formats"):
+        predict_pairs(tmp_path / "own", pairs(shift=1))
+
+
+def test_a_plain_loader_that_shuffles_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="shuffles, and its batches have no 'index'"):
+        predict_pairs(tmp_path / "own", pairs(), shuffle=True)
+    assert not (tmp_path / "own").exists()
 
 
 def test_a_limited_or_tried_out_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from tests.helpers import quiet_trainer
 from tests.lightning_modules.attacks.attack_runs import digits, trained
 from torchlethe.callbacks import ExportPerturbation, TransferMatrix
+from torchlethe.callbacks.transfer_matrix import draw_transfer
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import Classifier, RandomPerturbation
 
@@ -50,6 +52,16 @@ def test_the_matrix_is_that_of_single_tests(tmp_path):
     assert json.loads((tmp_path / "transfer.json").read_text())["fooling_ratio_percent"]["nothing"]["cnn"] == 0
     with Image.open(tmp_path / "transfer.png") as picture:
         assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("name", ["ResNet-20", "a network with a long name"])
+def test_names_of_columns_do_not_overlap(name):
+    figure = draw_transfer(np.array([[10.0, 90.0, 50.0]]), [name], [name, f"{name}, wider", "c"])
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    slanted = figure.axes[0].get_xticklabels()[0].get_rotation() != 0
+    assert slanted or not any(a.overlaps(b) for a, b in pairwise(boxes))
+    assert all(box.y1 < figure.bbox.height for box in boxes)
 
 
 def test_refusals(tmp_path):

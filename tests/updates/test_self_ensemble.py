@@ -242,6 +242,16 @@ def test_own_targets_and_refusals(golden, data):
         checked_target_map([2, 1, 0], 3)
 
 
+def test_other_settings_are_another_protection_with_the_same_class_means(golden, data):
+    torch.manual_seed(0)
+    first, same = (rule_for(golden, data, variant="sep_fa") for _ in range(2))
+    assert first.fingerprint() == same.fingerprint()  # the weights that the network was built with are not used
+    for change in ({"radius": 2}, {"steps": 3}, {"variant": "sep_fa_vr"}):
+        other = rule_for(golden, data, **{"variant": "sep_fa"} | change)
+        assert other.fingerprint() != first.fingerprint()
+        assert other.preparation_fingerprint() == first.preparation_fingerprint()
+
+
 def test_cosines_of_gradients(golden, data):
     rule = rule_for(golden, data)
     cosines = rule.cosines(data["image"], data["label"]) / 40

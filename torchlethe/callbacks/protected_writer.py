@@ -82,19 +82,27 @@ class ProtectedWriter(BasePredictionWriter):
             )
         self.store = None
         self._examples = []
-        folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer) / "protected"
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.store = ProtectedStore(folder, self._key(trainer, protection), self.formats, protection.bound())
+        source = [
+            str(getattr(getattr(getattr(trainer, "datamodule", None), name, None), "fingerprint", str)())
+            for name in ("train_set", "predict_set")
+        ]
+        if any(source) or not hasattr(pl_module, "data_fingerprint"):
+            self._open(trainer, pl_module, source)
 
-    def _key(self, trainer: Trainer, protection: Any) -> str:
+    def _open(self, trainer: Trainer, pl_module: LightningModule, source: list[str]) -> None:
+        folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer) / "protected"
+        protection: Any = pl_module.protection
         digest = hashlib.sha256(f"{protection.fingerprint()} {sorted(self.formats)}".encode())
-        for name in ("train_set", "predict_set"):
-            dataset = getattr(getattr(trainer, "datamodule", None), name, None)
-            digest.update(str(getattr(dataset, "fingerprint", str)()).encode() + b"|")
-        return digest.hexdigest()
+        for name in source:
+            digest.update(name.encode() + b"|")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.store = ProtectedStore(folder, digest.hexdigest(), self.formats, protection.bound())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out what an earlier run has finished."""
+        if self.store is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # a plain loader's data have no name of their own, and the loader is there only now
+            self._open(trainer, pl_module, [pl_module.data_fingerprint()])  # type: ignore[operator]
         if self.store is None:
             return
         # one answer for all ranks, before any of them writes

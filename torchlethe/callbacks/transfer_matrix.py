@@ -140,13 +140,18 @@ def draw_transfer(matrix: np.ndarray, sources: Sequence[str], targets: Sequence[
         targets: names of the columns.
     """
     cell, label = 0.85, 0.09 * max(map(len, [*sources, *targets]))
-    left, top, right, bottom = 0.55 + label, 0.65, 1.1, 0.2
+    left, top, right, bottom = 0.55 + label, 0.9, 1.1, 0.2
+    wide = 0.09 * max(map(len, targets))
+    slanted = wide > cell  # names of columns would overlap
+    top += 0.7 * wide if slanted else 0.0
     width, height = left + cell * len(targets) + right, top + cell * len(sources) + bottom
     figure = Figure((width, height), dpi=150, facecolor="white")
     size = (cell * len(targets) / width, cell * len(sources) / height)
     axes = figure.add_axes((left / width, bottom / height, *size))
+    figure.suptitle("Predictions that a perturbation changes", fontsize=10, y=1 - 0.08 / height, va="top")
     shown = axes.imshow(matrix, cmap="magma_r", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(targets)), list(targets), fontsize=9)
+    slant: dict[str, Any] = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(range(len(targets)), list(targets), fontsize=9, **slant)
     axes.set_yticks(range(len(sources)), list(sources), fontsize=9)
     axes.xaxis.set_ticks_position("top")
     axes.xaxis.set_label_position("top")

@@ -27,7 +27,8 @@ def check_ball(xi: float, p: float) -> None:
     if not p >= 1:
         raise ValueError(f"p is {p}, it must be at least 1 (.inf in YAML for the largest entry).")
     if not xi > 0 or (math.isinf(p) and xi > 1) or not math.isfinite(xi):
-        raise ValueError(f"xi is {xi}, for images in [0, 1] it must lie in (0, 1], for example 10/255 = 0.0392.")
+        allowed = "lie in (0, 1], for example 10/255 = 0.0392" if math.isinf(p) else "be a positive number"
+        raise ValueError(f"xi is {xi}, for images in [0, 1] and p = {p} it must {allowed}.")
 
 
 class UniversalNoise(nn.Module):

@@ -71,7 +71,7 @@ def test_v_stays_in_its_ball_and_the_network_as_it_was(p, xi, tmp_path):
 def test_fg_beats_random_signs_and_a_target_is_reached():
     random = scores_of(module(RandomPerturbation, xi=0.15))["test_fooling_ratio"]
     attack = module(xi=0.15)
-    fit(attack, epochs=10)
+    fit(attack, epochs=6)
     scores = scores_of(attack)
     assert scores["test_fooling_ratio"] > 2 * random
     assert scores["test_clean_accuracy"] > 0.9 > scores["test_accuracy"]
@@ -81,7 +81,7 @@ def test_fg_beats_random_signs_and_a_target_is_reached():
     image = torch.rand(2, 1, 8, 8)
     assert torch.equal(attack.perturb(image), (image + attack.noise.best).clamp(0, 1))
     targeted = module(target=8)
-    fit(targeted, epochs=10)
+    fit(targeted, epochs=6)
     scores = scores_of(targeted)
     share = 1.2 * 0.1
     assert scores["test_target_success"] > share

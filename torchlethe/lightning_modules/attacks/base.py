@@ -170,7 +170,7 @@ class UniversalPerturbation(StoredPerturbation):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         if not self._frozen:
             self._frozen = [(p, p.requires_grad) for p in self.network.parameters()]
-            self.network.requires_grad_(False)
+            self.network.requires_grad_(False).eval()
 
     def teardown(self, stage: str) -> None:
         """Leave the network as it was."""

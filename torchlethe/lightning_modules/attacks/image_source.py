@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchlethe.data import as_batch
@@ -58,5 +59,7 @@ def _first_image(loader: Any) -> Any:
         loader = loader[0]
     if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__getitem__"):
         sample = loader.dataset[0]
+        if isinstance(sample, Tensor):
+            return sample
         return sample["image"] if isinstance(sample, dict) and "image" in sample else sample[0]
     return as_batch(next(iter(loader)))["image"]

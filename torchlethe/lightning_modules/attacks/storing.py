@@ -10,6 +10,7 @@ from torch import nn
 
 from torchlethe.components.originals import weights_hash
 from torchlethe.components.perturbation_file import save_perturbation
+from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import Init
 from torchlethe.lightning_modules.attacks.judging import JudgedPerturbation
 
@@ -24,6 +25,7 @@ class StoredPerturbation(JudgedPerturbation):
     seed: int
     feature_layer: str | None
     _restored: dict[str, Any] | None
+    _split: SplitNetwork | None
     _hash: str | None
 
     def about(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from torchlethe.components import all_reduce_sum, gradients_on
 from torchlethe.data import PADDING_INDEX, as_batch
@@ -39,7 +39,8 @@ class ProtectionModule(LightningModule):
             (share of values changed by the whole radius) and ``psnr`` (decibels, mean over images).
 
     Raises:
-        ValueError: the images are no bytes and not on the grid of 1/255, or a label is out of range.
+        ValueError: the images are no bytes and not on the grid of 1/255, a label is out of range, or a loader without
+            ``index`` shuffles.
 
     Note:
         Under DDP each rank protects its share of the images; no gradients are exchanged. Preparations that are sums
@@ -147,6 +148,11 @@ class ProtectionModule(LightningModule):
         if "index" in batch:
             index = batch["index"].long().clone()
         elif self.trainer.world_size == 1:
+            if _shuffled(self.trainer.predict_dataloaders):
+                raise ValueError(
+                    f"the loader that {type(self).__name__} predicts on shuffles, and its batches have no 'index' (B,) "
+                    "that says which image is which: take one with shuffle=False."
+                )
             index = torch.arange(len(image), device=image.device) + self._counted(batch_idx, len(image))
         else:
             raise ValueError("protecting on several ranks needs batches with an 'index' (B,).")
@@ -196,10 +202,13 @@ class ProtectionModule(LightningModule):
         folder = (
             Path(self.cache_dir) if self.cache_dir is not None else Path(self.trainer.default_root_dir) / "prepared"
         )
-        key = hashlib.sha256(f"{self.protection.fingerprint()} {self._data_fingerprint()}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{self.protection.preparation_fingerprint()} {self.data_fingerprint()}".encode()
+        ).hexdigest()
         return folder / f"{type(self.protection).__name__}-{key[:16]}.pt"
 
-    def _data_fingerprint(self) -> str:
+    def data_fingerprint(self) -> str:
+        """Hexadecimal digits of the data of this run; those of a plain loader are read once for it, by all ranks."""
         dataset = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
         if dataset is not None and hasattr(dataset, "fingerprint"):
             return dataset.fingerprint()
@@ -246,6 +255,13 @@ class PreparationBatches:
             clean = self.module.clean_batch(moved, batch_idx)
             keep = clean["index"] != PADDING_INDEX
             yield clean if bool(keep.all()) else {name: value[keep] for name, value in clean.items()}
+
+
+def _shuffled(loader: Any) -> bool:
+    loader = loader[0] if isinstance(loader, list) and loader else loader
+    # Lightning hands batch samplers over, and the sampler of such a loader is not the one that is used
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
 
 
 def apart(loader: Any) -> Any:

@@ -102,13 +102,20 @@ class Protection(ABC):
         return {"method": type(self).__name__, "radius": self.radius}
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that change with what the outcome of :meth:`prepare` depends on beside the data.
+        """64 hexadecimal digits that change with whatever a protected image depends on beside the data.
 
-        By default all settings and the networks' weights.
+        By default all settings and the networks' weights. A folder of protected images goes by it.
         """
         described = json.dumps(self.describe(), sort_keys=True)
         weights = [f"{name}:{tensors_hash(network.state_dict())}" for name, network in sorted(self.networks.items())]
         return hashlib.sha256("\n".join([described, *weights]).encode()).hexdigest()
+
+    def preparation_fingerprint(self) -> str:
+        """64 hexadecimal digits that change with what the outcome of :meth:`prepare` depends on beside the data.
+
+        By default :meth:`fingerprint`; a method whose preparation does not read all settings names fewer here.
+        """
+        return self.fingerprint()
 
     def to(self, device: torch.device | str) -> Self:
         """Move networks, and what was prepared, to a device."""

@@ -180,6 +180,11 @@ class SelfEnsembleProtector(EnsembleGradients, Protection):
         return settings | ({"inner_steps": self.inner_steps, "seed": self.seed} if self.variant == "sep_fa_vr" else {})
 
     def fingerprint(self) -> str:
+        """All settings and the checkpoints; not the weights that the network was built with, as they are not used."""
+        settings = self.describe() | {"dtype": str(self.network_ensemble.dtype)}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def preparation_fingerprint(self) -> str:
         """What the class means depend on: the checkpoints, ``labels`` and ``compat``, not ε or T."""
         settings = {name: self.describe()[name] for name in ("ensemble", "architecture", "labels", "compat")}
         settings["dtype"] = str(self.network_ensemble.dtype)
