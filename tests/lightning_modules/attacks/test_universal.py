@@ -364,6 +364,10 @@ def test_wrong_combinations_get_one_sentence(tmp_path):
     network = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(ValueError, match="no Linear layer is reached"):
         fit(FeatureGatheringUAP(network, 10, xi=XI), epochs=1)
+    with pytest.raises(ValueError, match=r"logits of shape \(1, 12\) for one image, expected \(1, 10\)"):
+        fit(FeatureGatheringUAP(nn.Sequential(nn.Flatten(), nn.Linear(64, 12)), 10, xi=XI), epochs=1)
+    with pytest.raises(ValueError, match=r"Sequential does not take images of shape \(1, 8, 8\)"):
+        fit(FeatureGatheringUAP(nn.Sequential(nn.Flatten(), nn.Linear(63, 10)), 10, xi=XI), epochs=1)
     np.savez(tmp_path / "v.npz", v=np.zeros((1, 3, 4, 4), np.float32))
     np.savez(tmp_path / "w.npz", v=np.ones((1, 1, 8, 8), np.float32))
     with pytest.raises(ValueError, match="perturbation is 3×4×4, but the images are 1×8×8"):

@@ -171,6 +171,23 @@ class UniversalPerturbation(StoredPerturbation):
         if not self._frozen:
             self._frozen = [(p, p.requires_grad) for p in self.network.parameters()]
             self.network.requires_grad_(False).eval()
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """Ask the network for the logits of one grey image, before anything is done with it."""
+        shape = self.noise.v.shape[1:]
+        first = next(self.network.parameters(), self.noise.v)
+        try:
+            with torch.no_grad():
+                logits = self.network(torch.full((1, *shape), 0.5, dtype=first.dtype, device=first.device))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the network {type(self.network).__name__} does not take images of shape {tuple(shape)}: {error}"
+            ) from error
+        if tuple(logits.shape) != (1, self.num_classes):
+            raise ValueError(
+                f"the network gives logits of shape {tuple(logits.shape)} for one image, expected (1, {self.num_classes})."
+            )
 
     def teardown(self, stage: str) -> None:
         """Leave the network as it was."""
