@@ -169,11 +169,13 @@ class ProtectionModule(LightningModule):
         """Sum up what was noted about the images."""
         count = all_reduce_sum(self._sums.pop("count", torch.zeros((), dtype=torch.float64, device=self.device)))
         largest = self._sums.pop("changed_max", torch.zeros((), dtype=torch.float64, device=self.device))
+        names = sorted(self._sums)
         if self.trainer.world_size > 1:
-            names = self.trainer.strategy.broadcast(sorted(self._sums))
+            # a rank whose images were all finished before has noted nothing
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, names)
+            names = sorted(set().union(*gathered))
             largest = self.trainer.strategy.all_gather(largest).max()
-        else:
-            names = sorted(self._sums)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = {name: all_reduce_sum(self._sums.get(name, zero)) for name in names}
         if count:
