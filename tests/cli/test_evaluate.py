@@ -58,6 +58,9 @@ def test_every_metric_of_a_state_dict(capsys):
     # no run was timed, digits has no validation set here, and sharpness is measured by a callback of its own
     others = {"run_seconds", "speed_up", "validation_accuracy", "validation_gap", "train_loss", "test_loss"}
     others |= {"hessian_trace", "hessian_top_eigenvalue", "m_sharpness"}
+    # nor was anything protected or attacked
+    others |= {"acc_last", "acc_max", "acc_worst_class", "drop", "gain_over_clean_part"}
+    others |= {"test_fooling_ratio", "test_target_success", "test_dominance_1"}
     assert METRIC_DEFINITIONS.keys() - expected == others
     assert expected <= found.keys()
     both = ("zrf", "mia_simple", "test_forget_accuracy", "test_remain_accuracy")

@@ -46,8 +46,12 @@ class ProxyImages(LightningDataModule):
         if count < 1:
             raise ValueError(f"count is {count}, it must be at least 1.")
         self.data, self.kind, self.count, self.seed = data, kind, count, seed
-        self.num_classes = data.num_classes
         self.train_set: InMemoryImages | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the real images; some datamodules know it after ``setup`` only."""
+        return self.data.num_classes
 
     @property
     def test_set(self) -> Any:
