@@ -186,7 +186,8 @@ class UniversalPerturbation(StoredPerturbation):
             ) from error
         if tuple(logits.shape) != (1, self.num_classes):
             raise ValueError(
-                f"the network gives logits of shape {tuple(logits.shape)} for one image, expected (1, {self.num_classes})."
+                f"the network gives logits of shape {tuple(logits.shape)} for one image, "
+                f"expected (1, {self.num_classes})."
             )
 
     def teardown(self, stage: str) -> None:
