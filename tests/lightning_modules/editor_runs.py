@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from tests.helpers import forgetful_digits, norm_free_network, quiet_trainer
+from tests.helpers import forgetful_digits, leave_process_group, norm_free_network, quiet_trainer
 from torchlethe.data import ForgetClasses
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import (
@@ -102,3 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.helpers import cosine, forgetful_digits, norm_free_network, quiet_trainer, sgd
+from tests.helpers import cosine, forgetful_digits, leave_process_group, norm_free_network, quiet_trainer, sgd
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import (
     CFW,
@@ -90,3 +90,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

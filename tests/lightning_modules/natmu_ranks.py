@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers import forgetful_digits, norm_free_network, quiet_trainer
+from tests.helpers import forgetful_digits, leave_process_group, norm_free_network, quiet_trainer
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import NatMU
 
@@ -33,3 +33,4 @@ if __name__ == "__main__":
     os.environ |= {"WORLD_SIZE": "2"}
     ddp = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
     run(30, Path(sys.argv[1]), devices=2, strategy=ddp)
+    leave_process_group()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers import quiet_trainer
+from tests.helpers import leave_process_group, quiet_trainer
 from torchlethe.callbacks import ProtectedWriter
 from torchlethe.components.checkpoint_folder import Checkpoint, write_list
 from torchlethe.datamodules import DigitsDataModule, ProtectionDataModule
@@ -81,3 +81,4 @@ if __name__ == "__main__":
 
     target = Path(sys.argv[1])
     protect(target, target.parent / "ensemble", two)
+    leave_process_group()

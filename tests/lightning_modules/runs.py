@@ -16,7 +16,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.helpers import cosine, digits, forgetful_digits, norm_free_network, quiet_trainer, sgd, small_network
+from tests.helpers import (
+    cosine,
+    digits,
+    forgetful_digits,
+    leave_process_group,
+    norm_free_network,
+    quiet_trainer,
+    sgd,
+    small_network,
+)
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.data import Augmentation
 from torchlethe.io import save_weights
@@ -113,3 +122,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -20,6 +20,7 @@ from tests.helpers import (
     cosine,
     digits,
     forgetful_digits,
+    leave_process_group,
     norm_free_network,
     quiet_trainer,
     sgd,
@@ -262,3 +263,4 @@ if __name__ == "__main__":
     os.environ |= {"WORLD_SIZE": "2"}
     strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
     joined(5, Path(sys.argv[1]), devices=2, strategy=strategy)
+    leave_process_group()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.helpers import norm_free_network, quiet_trainer, small_network
+from tests.helpers import leave_process_group, norm_free_network, quiet_trainer, small_network
 from torchlethe.datamodules import DigitsDataModule
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import NAGUAP, FeatureGatheringUAP
@@ -90,3 +90,4 @@ if __name__ == "__main__":
         return {"devices": 2, "strategy": strategy}
 
     joined(50, Path(sys.argv[1]), two)
+    leave_process_group()
