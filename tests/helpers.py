@@ -92,9 +92,3 @@ def accuracy(module: LightningModule | nn.Module, loader: Iterable[Any], prepare
             count += int(kept.sum())
     module.train(was_training)
     return 100 * right / count
-
-
-def leave_process_group() -> None:
-    """End a rank's communication: gloo's threads can abort an interpreter that ends before they do."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

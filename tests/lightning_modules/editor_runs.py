@@ -5,7 +5,6 @@ python -m tests.lightning_modules.editor_runs FOLDER RANK PORT
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from tests.helpers import forgetful_digits, leave_process_group, norm_free_network, quiet_trainer
+from tests.helpers import forgetful_digits, norm_free_network, quiet_trainer
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.data import ForgetClasses
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import (
@@ -86,20 +86,7 @@ def joined(name: str, batch_size: int, folder: Path, **arguments: Any) -> Lightn
     return module
 
 
-def main() -> None:
-    """See the module's text."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": sys.argv[2], "MASTER_PORT": sys.argv[3]}
-    os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
-    for name in MODULES:
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-        joined(name, 30, folder, devices=2, strategy=strategy)
-
-
 if __name__ == "__main__":
-    main()
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        for name in MODULES:
+            joined(name, 30, Path(sys.argv[1]), **ranks())

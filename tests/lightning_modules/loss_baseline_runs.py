@@ -5,16 +5,15 @@ python -m tests.lightning_modules.loss_baseline_runs FOLDER RANK PORT
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tests.helpers import cosine, forgetful_digits, leave_process_group, norm_free_network, quiet_trainer, sgd
+from tests.helpers import cosine, forgetful_digits, norm_free_network, quiet_trainer, sgd
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import (
     CFW,
@@ -74,20 +73,7 @@ def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:
         save_weights(module.network, folder / f"{kind}.safetensors")
 
 
-def main() -> None:
-    """See the module's text."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    folder, rank, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-    for kind in RANKS:
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-        joined(kind, 30, folder, devices=2, strategy=strategy)
-
-
 if __name__ == "__main__":
-    main()
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        for kind in RANKS:
+            joined(kind, 30, Path(sys.argv[1]), **ranks())

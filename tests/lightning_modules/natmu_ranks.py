@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.helpers import forgetful_digits, leave_process_group, norm_free_network, quiet_trainer
+from tests.helpers import forgetful_digits, norm_free_network, quiet_trainer
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import NatMU
 
@@ -25,12 +23,5 @@ def run(batch_size: int, folder: Path, **arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "LOCAL_RANK": sys.argv[2], "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-    ddp = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-    run(30, Path(sys.argv[1]), devices=2, strategy=ddp)
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        run(30, Path(sys.argv[1]), **ranks())

@@ -6,7 +6,6 @@ python -m tests.lightning_modules.protection_ranks FOLDER RANK PORT     one of t
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tests.helpers import leave_process_group, quiet_trainer
+from tests.helpers import quiet_trainer
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.callbacks import ProtectedWriter
 from torchlethe.components.checkpoint_folder import Checkpoint, write_list
 from torchlethe.datamodules import DigitsDataModule, ProtectionDataModule
@@ -67,18 +67,6 @@ def protect(folder: Path, ensemble: Path, ranks: Callable[[], dict[str, Any]] = 
 
 
 if __name__ == "__main__":
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "LOCAL_RANK": sys.argv[2], "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-
-    def two() -> dict[str, Any]:
-        """Arguments for two ranks."""
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-        return {"devices": 2, "strategy": strategy}
-
     target = Path(sys.argv[1])
-    protect(target, target.parent / "ensemble", two)
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        protect(target, target.parent / "ensemble", ranks)

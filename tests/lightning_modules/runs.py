@@ -20,12 +20,12 @@ from tests.helpers import (
     cosine,
     digits,
     forgetful_digits,
-    leave_process_group,
     norm_free_network,
     quiet_trainer,
     sgd,
     small_network,
 )
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.data import Augmentation
 from torchlethe.io import save_weights
@@ -103,23 +103,12 @@ def joined(kind: str, batch_size: int, folder: Path, **arguments: Any) -> None:
         save_weights(dict(module.network.state_dict()) | logged, folder / f"{kind}.safetensors")
 
 
-def main() -> None:
-    """See the module's text."""
-    torch.set_num_threads(1)
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    if what == "resume":
-        train(sys.argv[3], folder, kill_after=int(sys.argv[4]))
-        return
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[4], "LOCAL_RANK": sys.argv[3], "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-    for kind in ("classifier", "sfron", "sfron_auto"):
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-        joined(kind, 30, folder, devices=2, strategy=strategy)
-
-
 if __name__ == "__main__":
-    main()
-    leave_process_group()
+    what, target = sys.argv[1], Path(sys.argv[2])
+    if what == "resume":
+        torch.set_num_threads(1)
+        train(sys.argv[3], target, kill_after=int(sys.argv[4]))
+    else:
+        with one_of_two_ranks() as ranks:
+            for kind in ("classifier", "sfron", "sfron_auto"):
+                joined(kind, 30, target, **ranks())

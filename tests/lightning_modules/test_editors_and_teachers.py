@@ -1,18 +1,15 @@
 """Editors and methods with teachers under Lightning: checkpoints, resume, ranks, refusals; the update log."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import ROOT
 from tests.helpers import assert_same_bits, digits, forgetful_digits, quiet_trainer, sgd, small_network
 from tests.lightning_modules.editor_runs import ALONE, MODULES, Headed, data, joined
+from tests.two_ranks import run_two_ranks
 from torchlethe.callbacks import CompileNetwork, UpdateLog
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.components.update_archive import UpdateArchive
@@ -55,18 +52,7 @@ def trainer_for(name, folder, every=1, stop=-1, **arguments):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.lightning_modules.editor_runs", str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_two_ranks("tests.lightning_modules.editor_runs", folder)
     return folder
 
 

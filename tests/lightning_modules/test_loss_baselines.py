@@ -1,17 +1,13 @@
 """The loss-type baselines under Lightning: the plain rule, resumable, the same on two ranks."""
 
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import ROOT
 from tests.helpers import assert_same_bits, forgetful_digits, norm_free_network, quiet_trainer, sgd, small_network
 from tests.lightning_modules.loss_baseline_runs import KINDS, RANKS, joined
+from tests.two_ranks import run_two_ranks
 from torchlethe.data import Augmentation
 from torchlethe.data.roles import feed_loader
 from torchlethe.io import read_state_dict
@@ -86,18 +82,7 @@ def test_a_run_cut_off_resumes_to_the_same_bits(kind, tmp_path):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.lightning_modules.loss_baseline_runs", str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_two_ranks("tests.lightning_modules.loss_baseline_runs", folder)
     return folder
 
 

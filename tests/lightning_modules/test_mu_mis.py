@@ -1,9 +1,6 @@
 """MU-Mis under Lightning: reads the forget set only, is the plain rule, stops, resumes, and forgets."""
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,19 +10,18 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from tests.conftest import ROOT
 from tests.helpers import (
     accuracy,
     assert_same_bits,
     cosine,
     digits,
     forgetful_digits,
-    leave_process_group,
     norm_free_network,
     quiet_trainer,
     sgd,
     small_network,
 )
+from tests.two_ranks import one_of_two_ranks, run_two_ranks
 from torchlethe.callbacks import CompileNetwork
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.data import Augmentation, ForgetClasses, ForgetIndices, PositionedLoader
@@ -234,18 +230,7 @@ def joined(batch_size, folder, **arguments):
 
 
 def test_two_ranks_compute_what_one_process_computes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.lightning_modules.test_mu_mis", str(tmp_path)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for r in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_two_ranks("tests.lightning_modules.test_mu_mis", tmp_path)
     together = read_state_dict(tmp_path / "mu_mis.safetensors")
     (tmp_path / "alone").mkdir()
     joined(10, tmp_path / "alone")
@@ -255,12 +240,5 @@ def test_two_ranks_compute_what_one_process_computes(tmp_path):
 
 
 if __name__ == "__main__":
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "LOCAL_RANK": sys.argv[2], "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-    joined(5, Path(sys.argv[1]), devices=2, strategy=strategy)
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        joined(5, Path(sys.argv[1]), **ranks())

@@ -1,9 +1,6 @@
 """NatMU under Lightning is the plain update rule, resumes to the same bits, runs on two ranks, and forgets."""
 
 import copy
-import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import ROOT
 from tests.helpers import (
     accuracy,
     assert_same_bits,
@@ -24,6 +20,7 @@ from tests.helpers import (
     small_network,
 )
 from tests.lightning_modules.natmu_ranks import run
+from tests.two_ranks import run_two_ranks
 from torchlethe.callbacks import ChannelsLast, CompileNetwork, HybridGrid
 from torchlethe.checkpoint_io import AtomicCheckpointIO
 from torchlethe.data import Augmentation, ForgetClasses, ForgetFraction, WrappedDataset
@@ -90,18 +87,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path):
 
 
 def test_two_ranks_compute_what_one_computes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.lightning_modules.natmu_ranks", str(tmp_path)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for r in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_two_ranks("tests.lightning_modules.natmu_ranks", tmp_path)
     run(60, tmp_path / "alone")
     alone, together = (read_state_dict(f / "natmu.safetensors") for f in (tmp_path / "alone", tmp_path))
     for name in alone:

@@ -1,6 +1,7 @@
 """Baseline protections under a Trainer: predicted, written and verified, and prepared but once."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -139,3 +140,39 @@ def test_weights_are_loaded_before_crafting(tmp_path):
         assert torch.equal(module.networks["network"].linear.weight, other.linear.weight)
         with pytest.raises(FileNotFoundError):
             module_of(name, weights=tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "steps"),
+    [
+        ("ErrorMinimizing", {"rounds": 4, "stop_error": 0.0001, "train_steps": 3}, 4),
+        ("ErrorMinimizing", {"rounds": 4, "stop_error": 0.0001, "noise_of": "class"}, 4),
+        ("RobustErrorMinimizing", {"train_steps": 5, "decay_every": 2}, 5),
+        ("DeepConfuse", {"rounds": 2, "steps": 3}, 6),
+    ],
+)
+@pytest.mark.parametrize("killed_after", [2, 3])
+@pytest.mark.filterwarnings("ignore:after rounds=4")
+def test_a_killed_preparation_goes_on_where_it_was(name, settings, steps, killed_after, tmp_path, monkeypatch):
+    from torchlethe.lightning_modules.protection import base
+
+    straight = predict(module_of(name, **settings), tmp_path / "straight", batch_size=60)
+    written = []
+
+    def write(path, state):
+        written.append(path.name)
+        keep(path, state)
+        if len(written) == killed_after:
+            raise KeyboardInterrupt
+
+    keep = base._write
+    monkeypatch.setattr(base, "_write", write)
+    monkeypatch.setattr(base, "Snapshots", partial(base.Snapshots, every=0))
+    with pytest.raises(BaseException):  # noqa: B017  Lightning turns an interrupt into an exit
+        predict(module_of(name, **settings), tmp_path / "killed", batch_size=60)
+    assert len(list((tmp_path / "killed" / "prepared").iterdir())) == 1
+    resumed = predict(module_of(name, **settings), tmp_path / "killed", batch_size=60)
+    assert torch.equal(resumed["image"], straight["image"])
+    assert len(written) == steps + 1  # each step once, and the outcome
+    (left,) = (tmp_path / "killed" / "prepared").iterdir()
+    assert left.name == written[-1]

@@ -1,32 +1,17 @@
 """Two ranks with half the batch each compute what one process computes."""
 
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.lightning_modules.runs import joined
+from tests.two_ranks import run_two_ranks
 from torchlethe.io import read_state_dict
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.lightning_modules.runs", "ranks", str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_two_ranks("tests.lightning_modules.runs", "ranks", folder)
     return folder
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -171,11 +170,7 @@ class ProtectionEvaluation(RunEvaluation):
             metrics["drop"] = float(others["reference"]["acc_last"]) - last
         if others["clean_part"]:
             metrics["gain_over_clean_part"] = last - float(others["clean_part"]["acc_last"])
-        if own := sum(self.clock.seconds.values()):
-            metrics["run_seconds"] = trainer.strategy.broadcast(own)
-        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()})
-        rank_zero_info(f"ProtectionEvaluation: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}")
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if not self._announce(trainer, metrics):
             return
         curve = np.full(max(self.curve, default=-1) + 1, np.nan)
         curve[list(self.curve)] = list(self.curve.values())

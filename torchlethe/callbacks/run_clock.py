@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from torchlethe.metrics.summary import RuntimeMeter
 
@@ -95,3 +97,11 @@ class RunEvaluation(RunClock):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raise NotImplementedError
+
+    def _announce(self, trainer: Trainer, metrics: dict[str, float]) -> bool:
+        """Add the run's time and give the Trainer the metrics, on every rank; returns whether this one writes files."""
+        if own := sum(self.clock.seconds.values()):
+            metrics["run_seconds"] = trainer.strategy.broadcast(own)
+        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()})
+        rank_zero_info(f"{type(self).__name__}: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}")
+        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]

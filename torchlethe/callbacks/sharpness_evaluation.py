@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -177,11 +177,7 @@ class SharpnessEvaluation(RunEvaluation):
                     seed_generators(self.seed)
                     right, mean, counts[name] = self._accuracy(trainer, pl_module, source)
                     metrics |= {f"{name}_accuracy": right, f"{name}_loss": mean}
-        if own := sum(self.clock.seconds.values()):
-            metrics["run_seconds"] = trainer.strategy.broadcast(own)
-        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()})
-        rank_zero_info(f"SharpnessEvaluation: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}")
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if not self._announce(trainer, metrics):
             return
         seconds = {**self.clock.seconds, "evaluation": time.perf_counter() - started}
         settings = {name: self.settings[name] for name in self.metrics} | {"loss": _title(self.loss)}

@@ -261,7 +261,8 @@ class TwoPasses:
         moved = [i for i, param in enumerate(params) if self._climbing is None or param in self._climbing]
         climbed, rho = [params[i] for i in moved], [rho[i] for i in moved]
         names = [self.names[param] for param in climbed] if engine.adaptive == "eta" else None
-        measure = not self.trainer.barebones and self.trainer._logger_connector.should_update_logs
+        every: int = 0 if self.trainer.barebones else self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        measure = every > 0 and ((self.trainer.global_step + 1) % every == 0 or self.trainer.should_stop)
         try:
             engine.measured = {}
             if climbed or not self._draws_tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.helpers import leave_process_group, norm_free_network, quiet_trainer, small_network
+from tests.helpers import norm_free_network, quiet_trainer, small_network
+from tests.two_ranks import one_of_two_ranks
 from torchlethe.datamodules import DigitsDataModule
 from torchlethe.io import save_weights
 from torchlethe.lightning_modules import NAGUAP, FeatureGatheringUAP
@@ -78,16 +78,5 @@ def joined(batch_size: int, folder: Path, ranks: Callable[[], dict[str, Any]] = 
 
 
 if __name__ == "__main__":
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3], "LOCAL_RANK": sys.argv[2], "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2"}
-
-    def two() -> dict[str, Any]:
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-        return {"devices": 2, "strategy": strategy}
-
-    joined(50, Path(sys.argv[1]), two)
-    leave_process_group()
+    with one_of_two_ranks() as ranks:
+        joined(50, Path(sys.argv[1]), ranks)

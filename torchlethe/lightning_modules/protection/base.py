@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
@@ -18,6 +20,7 @@ from torchlethe.data import PADDING_INDEX, as_batch
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.io import atomic_write
 from torchlethe.updates.protection import Protection
+from torchlethe.updates.protection.snapshots import Snapshots
 
 
 class ProtectionModule(LightningModule):
@@ -30,8 +33,9 @@ class ProtectionModule(LightningModule):
     Args:
         protection: the method.
         cache_dir: folder for the outcome of the preparation, which a later run with the same settings, networks and
-            data reads in place of repeating it; by default ``prepared`` in the Trainer's ``default_root_dir``.
-        cache: whether to keep that outcome at all.
+            data reads in place of repeating it; by default ``prepared`` in the Trainer's ``default_root_dir``. A long
+            preparation leaves a snapshot there every minute, from which the next run goes on if this one is killed.
+        cache: whether to keep outcome and snapshots at all.
 
     Attributes:
         report: after a ``predict``, numbers over all images protected in it, on all ranks: what the protection notes
@@ -96,27 +100,44 @@ class ProtectionModule(LightningModule):
         """Prepare, or read what an earlier run prepared."""
         self.networks.eval()
         self._sums, self.report = {}, {}
-        strategy = self.trainer.strategy
         path = self._cache_file() if self.cache and self.protection.prepares else None
-        state: Any = None
-        if path is not None and self.trainer.is_global_zero and path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = strategy.broadcast(state)
+        state = self._read(path)
         if state is None:
+            state = self._prepare(path)
+        with torch.inference_mode(False):
+            self.protection.load_state_dict(state)
+            self.protection.to(self.device)
+
+    def _read(self, path: Path | None) -> Any:
+        """What rank 0 finds in a file, on every rank; None where there is none."""
+        state: Any = None
+        with torch.inference_mode(False):  # an optimizer cannot go on with inference tensors
+            if path is not None and self.trainer.is_global_zero and path.is_file():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            return self.trainer.strategy.broadcast(state)
+
+    def _prepare(self, path: Path | None) -> Any:
+        """Prepare, from a killed run's last snapshot if there is one; rank 0 keeps the outcome."""
+        begun = None if path is None else path.with_suffix(".begun.pt")
+        writes = self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        found = self._read(begun)
+        if found is not None:
+            rank_zero_info(f"{type(self).__name__} goes on with the preparation that '{begun}' holds.")
+        self.protection.snapshots = Snapshots(found, partial(_write, begun) if begun and writes else None)
+        try:
             with gradients_on(), self.trainer.precision_plugin.forward_context():
                 batches = PreparationBatches(self, self.protection.shards)
                 shared = self.trainer.world_size > 1 and self.protection.shards
                 logs = self.protection.prepare(batches, device=self.device, reduce=all_reduce_sum if shared else None)
-            if self.logger is not None and logs:
-                self.logger.log_metrics(logs)
-            state = self.protection.state_dict()
-            if path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                with atomic_write(path) as temporary:
-                    torch.save(state, temporary)
-            state = strategy.broadcast(state)
-        with torch.inference_mode(False):
-            self.protection.load_state_dict(state)
-            self.protection.to(self.device)
+        finally:
+            self.protection.snapshots = Snapshots()
+        if self.logger is not None and logs:
+            self.logger.log_metrics(logs)
+        state = self.protection.state_dict()
+        if path is not None and begun is not None and writes:
+            _write(path, state)
+            begun.unlink(missing_ok=True)
+        return self.trainer.strategy.broadcast(state)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Protect a batch.
@@ -223,6 +244,11 @@ class ProtectionModule(LightningModule):
             found = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(found, digest.hexdigest())
         return " ".join(found)
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
 
 
 class PreparationBatches:

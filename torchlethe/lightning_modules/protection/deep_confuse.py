@@ -37,8 +37,9 @@ class DeepConfuse(ProtectionModule):
 
     Note:
         Every rank trains the same generator on all of the data, and rank 0's is used; then each rank protects its
-        share. New images can be protected too. The preparation runs in float32 whatever the Trainer's precision, shows
-        its progress on a terminal, and is repeated from the start if it is killed; its outcome is kept.
+        share. New images can be protected too. The preparation runs in float32 whatever the Trainer's precision and
+        shows its progress on a terminal. Its outcome is kept, and every minute a snapshot from which a run goes on that
+        was killed.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class ErrorMinimizing(ProtectionModule):
         Every rank learns the same noise on all of the data, and rank 0's is used; then each rank protects its share.
         Noise exists for the images that were prepared on (for classes: for all images of the class).
         The preparation runs in float32 whatever the Trainer's precision and shows its progress on a terminal. Its
-        outcome is kept; if it is killed, it starts again from the beginning.
+        outcome is kept, and every minute a snapshot from which a run goes on that was killed.
     """
 
     def __init__(

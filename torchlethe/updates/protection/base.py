@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlethe.components.originals import tensors_hash
+from torchlethe.updates.protection.snapshots import Snapshots
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches that can be gone through again and again, in a fixed order, without augmentation: dicts of ``image``
@@ -44,6 +45,7 @@ class Protection(ABC):
         prepares: whether :meth:`prepare` has an outcome worth keeping.
         prepared: whether :meth:`prepare` has run, or its outcome was restored.
         notes: what the last call of :meth:`protect` has to say about each image: (B,) floating tensors by name.
+        snapshots: where a long :meth:`prepare` starts and leaves its states; nowhere, unless the caller sets it.
     """
 
     radius: int | None = None
@@ -54,6 +56,7 @@ class Protection(ABC):
     def __init__(self) -> None:
         self.networks: dict[str, nn.Module] = {}
         self.notes: dict[str, Tensor] = {}
+        self.snapshots = Snapshots()
 
     def prepare(self, data: Batches, *, device: torch.device | str, reduce: Reduce | None = None) -> dict[str, float]:
         """Do what is the same for all images: class means, patterns of the classes, noise trained jointly.

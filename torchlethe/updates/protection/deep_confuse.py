@@ -26,6 +26,7 @@ from torchlethe.updates.protection.settings import (
     own_training_state,
     progress,
 )
+from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 State = dict[str, Tensor]
@@ -97,26 +98,41 @@ class DeepConfuseProtector(Protection):
             everything = WholeSet(data, device)
             learner = copy.deepcopy(self.networks["generator"]).to(device).requires_grad_(True).float().train()
             optimizer = torch.optim.Adam(learner.parameters(), lr=self.generator_lr)
-            batches = everything.training_rows(self.batch_size, self.seed)
-            architecture = copy.deepcopy(
-                self.networks["network"]
-            ).float()  # in double precision other weights are drawn
-            last = 0.0
-            with progress("DeepConfuse", self.rounds * self.steps) as advance:
-                for number in range(self.rounds):
+            # in double precision other weights would be drawn
+            architecture = copy.deepcopy(self.networks["network"]).float()
+            done, last, state = 0, 0.0, self.snapshots.found
+            if state is not None:
+                done, last = state["done"], state["clean_loss"]
+                restore_training(state, device, learner=learner, optimizer=optimizer)
+            batches = everything.training_rows(self.batch_size, self.seed, done)
+            with progress("DeepConfuse", self.rounds * self.steps, done) as advance:
+                for number in range(done // self.steps, self.rounds):
                     fixed = copy.deepcopy(learner).requires_grad_(False)
                     network = randomised_copy(architecture, mix_seed(self.seed, number)).to(device)
+                    weights: State = {name: p.requires_grad_() for name, p in network.named_parameters()}
+                    total = torch.zeros((), device=device)
+                    if state is not None and done % self.steps:  # within a round
+                        fixed.load_state_dict(state["fixed"])
+                        weights = {name: state["weights"][name].to(device).requires_grad_() for name in weights}
+                        total += state["total"].to(device)
+                    state = None
                     with differentiable_twice(network):
                         network.train()
-                        total = torch.zeros((), device=device)
-                        weights: State = {name: p.requires_grad_() for name, p in network.named_parameters()}
-                        for _ in range(self.steps):
+                        for _ in range(done % self.steps, self.steps):
                             part = next(batches)
                             image, label = everything.image[part].float() / 255, everything.label[part]
                             total += self._learn(network, weights, learner, optimizer, image, label)
                             moved = self._step(network, weights, self._perturbed(fixed, image), label, False)
                             weights = {name: value.detach().requires_grad_() for name, value in moved.items()}
+                            done += 1
                             advance("")
+                            parts = {"learner": learner, "optimizer": optimizer, "fixed": fixed, "total": total}
+                            parts |= {"weights": weights, "done": done}
+                            self.snapshots.offer(
+                                lambda parts=parts: training_state(  # type: ignore[misc]
+                                    device, **parts, clean_loss=float(parts["total"]) / self.steps
+                                )
+                            )
                     last = float(total) / self.steps
         self.learned = learner.eval().requires_grad_(False)
         self.prepared = True

@@ -15,6 +15,7 @@ from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
 from torchlethe.updates.protection.settings import check_choice, check_least, own_training_state, progress
+from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 
@@ -103,9 +104,13 @@ class ErrorMinimizingProtector(JointNoiseProtector):
             network = (
                 self.fresh_network(device) if trains else copy.deepcopy(self.networks["network"]).to(device).float()
             )
-            optimizer, batches = self.optimizer(network), everything.training_rows(self.batch_size, self.seed)
+            optimizer = self.optimizer(network)
             done, error = 0, 1.0
-            with progress("error-minimising noise", self.rounds) as advance:
+            if (state := self.snapshots.found) is not None:
+                done, error = state["done"], state["error"]
+                restore_training(state, device, network=network, optimizer=optimizer, noise=noise)
+            batches = everything.training_rows(self.batch_size, self.seed, done * self.train_steps if trains else 0)
+            with progress("error-minimising noise", self.rounds, done) as advance:
                 while done < self.rounds and not self._ended(error, done):
                     for _ in range(self.train_steps if trains else 0):
                         part = next(batches)
@@ -116,6 +121,8 @@ class ErrorMinimizingProtector(JointNoiseProtector):
                         error = error_rate(network, everything, noise, rows, self.search_batch_size)
                     done += 1
                     advance(f"(error {error:.1%})")
+                    parts = {"network": network, "optimizer": optimizer, "noise": noise, "done": done, "error": error}
+                    self.snapshots.offer(lambda parts=parts: training_state(device, **parts))  # type: ignore[misc]
         if not self._ended(error, done):
             warnings.warn(
                 f"after rounds={self.rounds} the network's error on the noised images is {error:.1%}, and "

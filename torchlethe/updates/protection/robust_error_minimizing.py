@@ -15,6 +15,7 @@ from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
 from torchlethe.updates.protection.settings import check_above, check_least, own_training_state, progress
+from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 _TRAIN, _FINAL = 0, 1  # purposes of random numbers
@@ -99,9 +100,14 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
             network = self.fresh_network(device)
             optimizer = self.optimizer(network)
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, 0.1)
-            batches = everything.training_rows(self.batch_size, self.seed)
-            with progress("robust error-minimising noise", self.train_steps) as advance:
-                for k in range(self.train_steps):
+            parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "noise": noise}
+            done = 0
+            if (state := self.snapshots.found) is not None:
+                done = state["done"]
+                restore_training(state, device, **parts)
+            batches = everything.training_rows(self.batch_size, self.seed, done)
+            with progress("robust error-minimising noise", self.train_steps, done) as advance:
+                for k in range(done, self.train_steps):
                     part = next(batches)
                     image, label, index = (tensor[part] for tensor in everything.tensors)
                     with frozen(network):
@@ -113,6 +119,7 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
                     self.train_step(network, optimizer, seen, label)
                     schedule.step()
                     advance("")
+                    self.snapshots.offer(lambda k=k: training_state(device, **parts, done=k + 1))  # type: ignore[misc]
             seed = mix_seed(self.seed, self.train_steps, _FINAL)
             with frozen(network):
                 for part in everything.rows(self.search_batch_size):

@@ -48,12 +48,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress(text: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     """Show how far a long preparation is, on a terminal and on rank 0 only.
 
     Args:
         text: what is being done.
-        total: how many times the callable will be called.
+        total: how many times the callable will be called, with those of an earlier run.
+        done: how many times an earlier run called it.
 
     Yields:
         A callable that moves the bar on by one, with a remark.
@@ -61,7 +62,7 @@ def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
-        task = bar.add_task(text, total=total)
+        task = bar.add_task(text, total=total, completed=done)
         yield lambda remark: bar.update(task, advance=1, description=f"{text} {remark}".strip())
 
 

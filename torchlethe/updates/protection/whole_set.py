@@ -57,16 +57,22 @@ class WholeSet:
         part.image, part.label, part.index = self.image[rows], self.label[rows], self.index[rows]
         return part
 
-    def training_rows(self, size: int, seed: int) -> Iterator[Tensor]:
-        """Endless shuffled batches of row numbers; incomplete ones are left out where a complete one exists."""
+    def training_rows(self, size: int, seed: int, skip: int = 0) -> Iterator[Tensor]:
+        """Endless shuffled batches of row numbers; incomplete ones are left out where a complete one exists.
+
+        Args:
+            size: images of a batch.
+            seed: seed of the order.
+            skip: batches to leave out at the beginning, as they were used before.
+        """
         size = min(size, len(self))
-        epoch = 0
+        epoch, skip = divmod(skip, len(self) // size)
         while True:
             order = torch.randperm(len(self), generator=generator_for("protection batches", seed, epoch))
-            for rows in order.to(self.index.device).split(size):
+            for rows in order.to(self.index.device).split(size)[skip:]:
                 if len(rows) == size:
                     yield rows
-            epoch += 1
+            epoch, skip = epoch + 1, 0
 
     def rows(self, size: int) -> Iterator[Tensor]:
         """All row numbers in order, in batches."""
