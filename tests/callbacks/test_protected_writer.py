@@ -98,10 +98,12 @@ def test_only_the_chosen_images(tmp_path):
 
 def test_other_settings_do_not_mix(tmp_path):
     protect(tmp_path)
-    with pytest.raises(ValueError, match="another method, settings, source or formats"):
+    with pytest.raises(ValueError, match="another method, settings, precision, source or formats"):
         protect(tmp_path, Noise(amplitude=2))
-    with pytest.raises(ValueError, match="another method, settings, source or formats"):
+    with pytest.raises(ValueError, match="another method, settings, precision, source or formats"):
         protect(tmp_path, data={"classes": [3]})
+    with pytest.raises(ValueError, match="another method, settings, precision, source or formats"):
+        protect(tmp_path, precision="64-true")
 
 
 def pairs(shift=0):
@@ -121,7 +123,7 @@ def test_a_plain_loader_of_pairs_is_known_by_its_content(tmp_path):
     assert predict_pairs(tmp_path / "own", pairs()) == list(range(100))
     assert torch.equal(read_protected(tmp_path / "own").images, expected()[:100])
     assert predict_pairs(tmp_path / "own", pairs()) == []
-    with pytest.raises(ValueError, match="another method, settings, source or formats"):
+    with pytest.raises(ValueError, match="another method, settings, precision, source or formats"):
         predict_pairs(tmp_path / "own", pairs(shift=1))
 
 

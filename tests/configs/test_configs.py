@@ -115,13 +115,12 @@ def small(tmp_path_factory):
         "cifar10_small": normalized(resnet8(), "cifar10"),
         "cifar10_resnet20": normalized(resnet20(), "imagenet"),
         "digits_pooled": SmallCNN(pooled=True),
-        "cifar10_small_pooled": normalized(SmallCNN(in_channels=3, image_size=32, pooled=True), "cifar10"),
         "tiny_imagenet": normalized(torchvision_network(STAND_IN, 200), "imagenet"),
     }
     for name, network in networks.items():
         weights = save_weights(network, root / f"{name}.safetensors")
         folder = root / name.removesuffix("_pooled") / "ensemble"
-        if name in ("digits_pooled", "cifar10", "cifar10_small_pooled"):
+        if name in ("digits_pooled", "cifar10", "cifar10_small"):
             folder.mkdir(parents=True)
             shutil.copy(weights, folder / "one.safetensors")
             two = [Checkpoint("one.safetensors", epoch, 1, file_hash(weights)) for epoch in range(2)]
@@ -202,7 +201,7 @@ def test_command_in_a_comment_runs(words, small, tmp_path, capfd):
     name = next(Path(word).parent.name for word in words if ".yaml" in word)
     weights = small[name][1] if "--model.weights" in words else None
     texts = [(CONFIGS.parent / word).read_text() for word in words if word.endswith(".yaml")]
-    if weights and any("pooled_network" in text or "protection_network" in text for text in texts):
+    if weights and any("pooled_network" in text for text in texts):
         weights = weights.with_name(f"{name}_pooled.safetensors")
     words = [word for word in words if word not in ("--model.weights", "weights.safetensors")]
     assert run(name, words[0], words[1:], small, weights, tmp_path) == 0

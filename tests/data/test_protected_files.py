@@ -137,7 +137,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no protected data"):
         ProtectedStore(tmp_path / "full", "ab", ["npz"], BOUND)
     filled(tmp_path / "set")
-    with pytest.raises(ValueError, match="another method, settings, source or formats"):
+    with pytest.raises(ValueError, match="another method, settings, precision, source or formats"):
         ProtectedStore(tmp_path / "set", "cd", ["npz"], BOUND)
     with pytest.raises(ValueError, match="formats contains 'jpeg'"):
         ProtectedStore(tmp_path / "new", "ab", ["jpeg"], BOUND)

@@ -92,7 +92,8 @@ class ProtectedWriter(BasePredictionWriter):
     def _open(self, trainer: Trainer, pl_module: LightningModule, source: list[str]) -> None:
         folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer) / "protected"
         protection: Any = pl_module.protection
-        digest = hashlib.sha256(f"{protection.fingerprint()} {sorted(self.formats)}".encode())
+        settings = f"{protection.fingerprint()} {trainer.precision} {sorted(self.formats)}"
+        digest = hashlib.sha256(settings.encode())
         for name in source:
             digest.update(name.encode() + b"|")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]

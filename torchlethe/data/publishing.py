@@ -119,8 +119,8 @@ class ProtectedStore:
             )
         if key is not None and key != self.key:
             raise ValueError(
-                f"the folder '{self.folder}' holds data that were protected with another method, settings, source or "
-                "formats; choose another folder, or remove this one."
+                f"the folder '{self.folder}' holds data that were protected with another method, settings, "
+                "precision, source or formats; choose another folder, or remove this one."
             )
 
     @property

@@ -203,6 +203,8 @@ class ProtectionModule(LightningModule):
             self.report = {name: float(value / count) for name, value in sums.items()}
             self.report["changed_max"] = float(largest)
             self.report["images"] = int(count)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.report.items()))
+            rank_zero_info(f"{type(self).__name__}: {numbers}")
             if self.logger is not None:
                 self.logger.log_metrics({f"protection_{name}": value for name, value in self.report.items()})
 
@@ -225,9 +227,8 @@ class ProtectionModule(LightningModule):
         folder = (
             Path(self.cache_dir) if self.cache_dir is not None else Path(self.trainer.default_root_dir) / "prepared"
         )
-        key = hashlib.sha256(
-            f"{self.protection.preparation_fingerprint()} {self.data_fingerprint()}".encode()
-        ).hexdigest()
+        about = f"{self.protection.preparation_fingerprint()} {self.trainer.precision} {self.data_fingerprint()}"
+        key = hashlib.sha256(about.encode()).hexdigest()
         return folder / f"{type(self.protection).__name__}-{key[:16]}.pt"
 
     def data_fingerprint(self) -> str:
