@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchlethe._cli.lightning import unpatch_loaders
+from torchlethe._cli.cleaning import unpatch_loaders
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchlethe._cli.errors import UsageError
-from torchlethe._cli.lightning import LetheCLI, _target
+from torchlethe._cli.lightning import LetheCLI
+from torchlethe._cli.overrides import target_of
 from torchlethe.callbacks import UnlearningEvaluation
 from torchlethe.callbacks.evaluation_passes import collect_outputs
 from torchlethe.components.originals import randomised_copy
@@ -117,7 +118,7 @@ class JudgeCLI(LetheCLI):
             raise UsageError(
                 "there are no data: give --data with the name of a datamodule, or a --config that has them"
             )
-        kind = _target(data.class_path)
+        kind = target_of(data.class_path)
         if inspect.isclass(kind) and issubclass(kind, UnlearningDataModule):
             if forget is not None:
                 data.init_args.forget = forget

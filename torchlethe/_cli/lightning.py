@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import importlib
 import importlib.util
 import inspect
@@ -19,20 +18,30 @@ from typing import Any
 # LightningCLI's own calls of older names are nothing that a user could change
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.utilities.data import get_all_subclasses
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
-from torch.utils.data import BatchSampler, DataLoader
 
 from torchlethe._cli.catalog import find_config
+from torchlethe._cli.cleaning import unpatch_loaders
 from torchlethe._cli.errors import UsageError, close_match
+from torchlethe._cli.overrides import (
+    DroppedArguments,
+    brief,
+    config_options,
+    holds,
+    short_name,
+    taken_over,
+    target_of,
+    top_keys,
+    value_at,
+)
 from torchlethe._cli.records import RecordConfig, record_metrics
+from torchlethe._cli.stored import stored_hyperparameters
 
 # Importing a package registers its classes, which is what makes short names like `--model SFRon` work.
 REGISTERED = ("lightning_modules", "datamodules", "callbacks", "models", "optimizers", "data")
@@ -75,32 +84,6 @@ def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], Leth
         raise
 
 
-@atexit.register
-def leave_process_group() -> None:
-    """Leave the process group, if this process is in one, before the interpreter ends.
-
-    Lightning does so for NCCL only. A process that ends in a group of gloo is sometimes aborted at its very end, which
-    turns a finished run into a failed one.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def unpatch_loaders() -> None:
-    """Give the loader classes their own methods back.
-
-    While Lightning asks for loaders it replaces methods of these classes, and does not put them back when a hook
-    raises: the next run in the process (the next stage of a study) would then stumble over a loader made with
-    positional arguments.
-    """
-    for base in (DataLoader, BatchSampler):
-        for kind in get_all_subclasses(base) | {base}:
-            for method in ("__setattr__", "__delattr__", "__init__"):
-                if f"__old{method}" in kind.__dict__:
-                    setattr(kind, method, kind.__dict__[f"__old{method}"])
-                    delattr(kind, f"__old{method}")
-
-
 def _no_advertisement(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(ADVERTISEMENTS)
 
@@ -122,44 +105,6 @@ def _find_config(name: str) -> str:
     if re.fullmatch(r"[^\s:{}]+\.(ya?ml|json)", found) and not Path(found).exists():
         raise UsageError(f"--config: there is no file '{name}'; lethe list configs shows the shipped ones")
     return found
-
-
-class _Dropped(logging.Handler):
-    """Collects the arguments that jsonargparse drops when a later layer names another class.
-
-    jsonargparse says so only in its debug log; this handler listens there.
-    """
-
-    PATTERN = re.compile(r"Due to class_path change from '(.+?)' to '(.+?)', discarding init_args: (.*)\.$", re.DOTALL)
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.found: dict[tuple[str, str, str], None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message if it is about dropped arguments."""
-        message = self.PATTERN.match(record.getMessage())
-        if not message:
-            return
-        old, new, values = message.groups()
-        defaults = _defaults(old)
-        # `{'momentum': 0.9, 'nesterov': False}`: what equals the old class's default was not set by anyone
-        for name, value in re.findall(r"'(\w+)': (.+?)(?=, '\w+': |\}$)", values):
-            if repr(defaults.get(name, ...)) != value:
-                self.found[old, new, name] = None
-
-
-def _target(class_path: str | None) -> Any:
-    """The class or factory of a path whose module is imported; None otherwise."""
-    module, _, name = (class_path or "").rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _defaults(class_path: str) -> dict[str, Any]:
-    target = _target(class_path)
-    if target is None:
-        return {}
-    return {key: parameter.default for key, parameter in inspect.signature(target).parameters.items()}
 
 
 class LetheCLI(LightningCLI):
@@ -201,7 +146,7 @@ class LetheCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then tell about arguments that were dropped or kept on the way."""
         # a handler holds a lock, which no attribute of this object may: `ddp_spawn` pickles it with its callbacks
-        dropped = _Dropped()
+        dropped = DroppedArguments()
         ARGUMENTS_LOG.addHandler(dropped)
         try:
             self.config = parser.parse_args(args)
@@ -219,9 +164,9 @@ class LetheCLI(LightningCLI):
             ARGUMENTS_LOG.removeHandler(dropped)
         final = self.config[self.command]
         # what was typed and is not there any more; an argument of the same name elsewhere is none of our business
-        typed = {word.rsplit(".", 1)[-1] for word in self._typed() if not _holds(final, word)}
+        typed = {word.rsplit(".", 1)[-1] for word in self._typed() if not holds(final, word)}
         for old, new, name in dropped.found:
-            change = f"the class changes from {_short(old)} to {_short(new)}, which has no argument '{name}'"
+            change = f"the class changes from {short_name(old)} to {short_name(new)}, which has no argument '{name}'"
             if name in typed:
                 raise UsageError(f"'{name}' would be dropped: {change}; name the class before its arguments")
             self._note(f"{change}; the earlier value is dropped")
@@ -231,16 +176,16 @@ class LetheCLI(LightningCLI):
 
     def _kept(self, parser: LightningArgumentParser) -> dict[str, dict[str, str]]:
         """The arguments that a class takes over from an unrelated one of an earlier file, by key and name."""
-        files = [option.removeprefix("--config=") for option in _config_options(self.words)]
+        files = [option.removeprefix("--config=") for option in config_options(self.words)]
         # parsing once more takes a while: only where a file or an option can change the class of an earlier file
         layers, seen = [], set[str]()
         for position, file in enumerate(files):
-            keys = _top_keys(file)
+            keys = top_keys(file)
             if keys & seen:
                 layers.append(position)
             seen |= keys
         final = self.config[self.command]
-        if files and any("class_path" in (_at(final, key) or {}) for key in self._typed()):
+        if files and any("class_path" in (value_at(final, key) or {}) for key in self._typed()):
             layers.append(len(files))
         found: dict[str, dict[str, str]] = {}
         for position in layers:
@@ -248,7 +193,7 @@ class LetheCLI(LightningCLI):
                 before = parser.parse_args([self.command, *(f"--config={file}" for file in files[:position])])
             except argparse.ArgumentError:  # these files alone are no whole configuration
                 continue
-            for key, name, value in _taken_over(before[self.command], final):
+            for key, name, value in taken_over(before[self.command], final):
                 if f"{key}.{name}" not in self._typed():
                     found.setdefault(key, {})[name] = value
         return found
@@ -271,27 +216,30 @@ class LetheCLI(LightningCLI):
         if str(path) in ("best", "last", "hpc") or str(path).startswith("registry") or Path(path).is_dir():
             self._note(f"--ckpt_path {path}: the hyper-parameters stored there are not read, the configuration counts")
             return
-        stored = _stored_hyperparameters(path)
+        stored = stored_hyperparameters(path)
         if not stored:
             return
         model = self.config[self.command].model
-        class_path = stored.pop("_class_path", None)
+        kind, class_path = short_name(model.class_path), stored.pop("_class_path", None)
         if class_path is not None and class_path != model.class_path:
+            other = short_name(class_path)
             raise UsageError(
-                f"--ckpt_path {path} holds a {_short(class_path)}, but the model is a {_short(model.class_path)}; "
-                f"give --model {_short(class_path)}, or load only the weights with --model.weights"
+                f"--ckpt_path {path} holds a {other}, but the model is a {kind}; "
+                f"give --model {other}, or load only the weights with --model.weights"
             )
         current = self._model_arguments()
         typed = {key.split(".")[1] for key in self._typed() if key.startswith("model.")}
         for name in [name for name in stored if name not in current]:
             del stored[name]
-            self._note(f"{path} stores the hyper-parameter '{name}', which {_short(model.class_path)} does not have")
+            self._note(
+                f"{path} stores the hyper-parameter '{name}', which {short_name(model.class_path)} does not have"
+            )
         for name in [name for name in stored if stored[name] != current[name]]:
             if name in typed:
                 old = stored.pop(name)
-                self._note(f"model.{name} is {_brief(current[name])} as typed, {path} was trained with {_brief(old)}")
+                self._note(f"model.{name} is {brief(current[name])} as typed, {path} was trained with {brief(old)}")
             else:
-                self._note(f"model.{name} is {_brief(stored[name])} from {path}, not {_brief(current[name])}")
+                self._note(f"model.{name} is {brief(stored[name])} from {path}, not {brief(current[name])}")
         update = {"class_path": model.class_path, "init_args": stored}
         self.config = self.parser.parse_object({self.command: {"model": update}}, self.config)
 
@@ -302,7 +250,7 @@ class LetheCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse a run without data, and to unlearn, attack or protect with a random network."""
         config = self.config[self.command]
-        kind = _target(config.model.class_path) if config.get("model") else None
+        kind = target_of(config.model.class_path) if config.get("model") else None
         loader = LOADERS[self.command]
         if config.get("data") is None and getattr(kind, loader, None) is getattr(LightningModule, loader):
             raise UsageError(
@@ -368,56 +316,6 @@ class LetheCLI(LightningCLI):
         return trainer
 
 
-def _config_options(words: Sequence[str]) -> Iterator[str]:
-    """``--config=FILE`` for each configuration file on the command line."""
-    for position, word in enumerate(words):
-        if word.startswith("--config="):
-            yield word
-        elif word in ("--config", "-c") and position + 1 < len(words):
-            yield f"--config={words[position + 1]}"
-
-
-def _top_keys(path: str) -> set[str]:
-    """Whether a file configures the model, the data or both."""
-    content = yaml.safe_load(Path(path).read_text("utf-8")) if Path(path).is_file() else None
-    return {"model", "data"} & content.keys() if isinstance(content, dict) else set()
-
-
-def _at(config: Any, key: str) -> Any:
-    """The value at a dotted key without ``init_args``; None when there is none."""
-    for part in key.split("."):
-        config = config.get("init_args", config) if isinstance(config, Namespace) else None
-        config = config.get(part) if isinstance(config, Namespace) else None
-    return config if isinstance(config, Namespace) else None
-
-
-def _holds(config: Any, key: str) -> bool:
-    """Whether a configuration has an argument at a dotted key without ``init_args``, or something that is no class."""
-    parent, _, name = key.rpartition(".")
-    at = _at(config, parent) if parent else config
-    return at is None or name in (at.get("init_args") or at)
-
-
-def _taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
-    """Key, name and value of the arguments that outlive a change to an unrelated class, and are not its defaults."""
-    if not isinstance(before, Namespace) or not isinstance(after, Namespace):
-        return
-    old, new = before.get("class_path"), after.get("class_path")
-    before, after = (part.get("init_args") or part for part in (before, after))
-    kinds = _target(old), _target(new)
-    related = all(map(inspect.isclass, kinds)) and issubclass(kinds[1], kinds[0])
-    defaults = _defaults(new) if old != new and not related else None
-    for name in [name for name in vars(before) if name in vars(after)]:
-        value, now = before[name], after[name]
-        if defaults is not None and value == now and value != defaults.get(name, ...):
-            yield (
-                key,
-                name,
-                _short(value.class_path) if isinstance(value, Namespace) and "class_path" in value else _brief(value),
-            )
-        yield from _taken_over(value, now, f"{key}.{name}" if key else name)
-
-
 def _deed_on_a_trained_network(kind: Any, command: str, arguments: Any) -> str | None:
     """What a method does to, or with, a network that makes no sense with a random one, or None."""
     from torchlethe.lightning_modules import ProtectionModule, UniversalPerturbation, UnlearningModule
@@ -447,34 +345,3 @@ def _relative(path: str) -> str:
         return path
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
-
-
-def _stored_hyperparameters(path: str | Path) -> dict[str, Any]:
-    """The plain values that a Lightning checkpoint stores; nothing in the file is executed."""
-    if not Path(path).is_file():
-        raise UsageError(f"--ckpt_path: there is no file '{path}'")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped(path))
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        raise UsageError(
-            f"--ckpt_path: '{path}' was refused, as it is damaged or holds more than tensors and plain values "
-            "(loading it could execute code)"
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UsageError(f"--ckpt_path: '{path}' is no Lightning checkpoint; give weights with --model.weights")
-    return {k: v for k, v in (content.get("hyper_parameters") or {}).items() if k not in ("_instantiator",)}
-
-
-def zipped(path: str | Path) -> bool:
-    """Whether a checkpoint has the zip format, which can be mapped into memory instead of read."""
-    with Path(path).open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _short(class_path: str) -> str:
-    return class_path.rsplit(".", 1)[-1]
-
-
-def _brief(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-    return text if len(text) <= 80 else text[:79] + "…"
