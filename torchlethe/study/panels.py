@@ -103,7 +103,7 @@ def pareto_panels(results: Results, scenario: str) -> list[Plot]:
     """What one metric costs in another: distance to the reference, usefulness, time.
 
     In unlearning the average gap against the run time, and the forget accuracy's gap against the test accuracy of what
-    must be kept. Elsewhere the first metric whose good direction is known against the time.
+    must be kept. Elsewhere the first metric whose good direction is known against the time, if the table shows the time.
     """
     names = results.metrics(scenario)
     clock = next((name for name in ("run_seconds", "stage_seconds") if name in names), None)
@@ -111,8 +111,9 @@ def pareto_panels(results: Results, scenario: str) -> list[Plot]:
         useful = "test_remain_accuracy" if "test_remain_accuracy" in names else "test_accuracy"
         pairs = [(clock, "average_gap"), (useful, "forget_gap")]
     else:
-        known = [name for name in results.columns(scenario) if results.better(name) and name != clock]
-        pairs = [(clock, known[0])] if known else []
+        columns = results.columns(scenario)
+        known = [name for name in columns if results.better(name) and name != clock]
+        pairs = [(clock, known[0])] if known and clock in columns else []
     found = [_trade_off(results, scenario, x, y) for x, y in pairs if x is not None]
     return [panel for panel in found if panel is not None]
 

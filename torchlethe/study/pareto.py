@@ -148,6 +148,8 @@ def _label(
         long = 6.3 * len(point.label) + 2
         corners = [(x + 8, y - 6), (x - 8 - long, y - 6), (x - long / 2, y + 8), (x - long / 2, y - 20)]
         corners += [(x + 6, y + 5), (x - 6 - long, y + 5), (x + 6, y - 18), (x - 6 - long, y - 18)]
+        # further away, and pushed back inside
+        corners += [(min(max(left, 1), width + 11 - long), y + up) for up in (20, -32, 33) for left, _ in corners[:3]]
         boxes = [(left, bottom, left + long, bottom + 12) for left, bottom in corners]
         inside = [box for box in boxes if box[0] > 0 and box[2] < width + 12 and box[1] > 0 and box[3] < height + 6]
         for taken in ([*dots, *spreads], dots):
