@@ -4,6 +4,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +253,24 @@ def test_a_run_with_a_logger_says_where_its_files_are(tmp_path, capsys):
     assert main([*FIT, "--trainer.max_steps=1", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "files  logs/lightning_logs/version_0"
     assert (tmp_path / "logs/lightning_logs/version_0/config.yaml").is_file()
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_refused_run_leaves_nothing_and_replaces_nothing(logger, tmp_path, capsys):
+    options = ["--trainer.max_steps=1", f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs"]
+    refused = ["--model.num_classes=12"]
+    assert main([*FIT, *options, *refused]) == 2
+    assert not list(Path("logs").iterdir())
+    assert main([*FIT, *options]) == 0
+    files = {path: path.read_bytes() for path in Path("logs").rglob("*") if path.is_file()}
+    assert main([*FIT, *options, *refused]) == 2
+    assert {path: path.read_bytes() for path in Path("logs").rglob("*") if path.is_file()} == files
+    assert [path.name for path in Path("logs/lightning_logs").iterdir()] == ["version_0"]
+    own = ["--trainer.max_steps=1", "--trainer.logger=false"]
+    assert main([*FIT, *own]) == 0
+    before = Path("config.yaml").read_bytes()
+    assert main([*FIT, *own, *refused]) == 2
+    assert Path("config.yaml").read_bytes() == before
 
 
 def test_predictions_are_written(tmp_path):

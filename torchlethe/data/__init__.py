@@ -1,7 +1,7 @@
 """Data without Lightning: in-memory image sets, position-aware loaders, batched augmentation, forget requests."""
 
 from torchlethe.data.augmentation import Augmentation
-from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, model_input, unit_range
+from torchlethe.data.batches import PADDING_INDEX, PADDING_LABEL, as_batch, labelled, model_input, unit_range
 from torchlethe.data.defences import JPEG, BitDepth, Blur, Chain, Defence, Grayscale
 from torchlethe.data.erasing import ErasingAugmentation
 from torchlethe.data.forget import (
@@ -89,6 +89,7 @@ __all__ = [
     "epoch_order",
     "feed_loader",
     "find_labels",
+    "labelled",
     "mix_seed",
     "model_input",
     "random_bits",

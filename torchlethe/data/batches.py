@@ -51,6 +51,28 @@ def as_batch(batch: Any) -> dict[str, Any]:
     )
 
 
+def labelled(batch: Any) -> Any:
+    """A batch for those who read no labels: where there are none, every image gets the label 0.
+
+    Args:
+        batch: what :func:`as_batch` takes, or images alone: a tensor (B, C, H, W), a sequence of that one item, or a
+            mapping without labels.
+
+    Example:
+        >>> import torch
+        >>> labelled(torch.zeros(2, 1, 8, 8))["label"]
+        tensor([0, 0])
+    """
+    if isinstance(batch, Mapping):
+        key = next((key for key in ("image", *_ALIASES["image"]) if key in batch), None)
+        if key is None or any(name in batch for name in ("label", *_ALIASES["label"])):
+            return batch
+        return {**batch, "label": torch.zeros(len(batch[key]), dtype=torch.int64, device=batch[key].device)}
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1:
+        batch = batch[0]
+    return labelled({"image": batch}) if isinstance(batch, Tensor) else batch
+
+
 def unit_range(image: Any) -> Any:
     """(…) uint8 images as float32 in [0, 1]; anything else as it is."""
     return image.float().div_(255) if isinstance(image, Tensor) and image.dtype is torch.uint8 else image

@@ -103,7 +103,7 @@ def pareto_panels(results: Results, scenario: str) -> list[Plot]:
     """What one metric costs in another: distance to the reference, usefulness, time.
 
     In unlearning the average gap against the run time, and the forget accuracy's gap against the test accuracy of what
-    must be kept. Elsewhere the first metric whose good direction is known against the time, if the table shows the time.
+    must be kept. Elsewhere, if the table shows the time, the first metric whose good direction is known against it.
     """
     names = results.metrics(scenario)
     clock = next((name for name in ("run_seconds", "stage_seconds") if name in names), None)

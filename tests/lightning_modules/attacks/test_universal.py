@@ -397,3 +397,25 @@ def test_wrong_combinations_get_one_sentence(tmp_path):
     assert not Path(tmp_path / "bad.npz").exists()
     with pytest.raises(ValueError, match="images are 3×8×8"):
         attack(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("form", ["tensor", "one item", "mapping"])
+def test_labels_that_nobody_reads_need_not_be_there(form):
+    data = digits()
+    data.setup()
+    images = data.prepare_batch(data.train_set[range(200)])["image"]
+    collate = {
+        "tensor": torch.stack,
+        "one item": lambda rows: [torch.stack(rows)],
+        "mapping": lambda rows: {"pixel_values": torch.stack(rows)},
+    }[form]
+    loader = DataLoader(images, batch_size=50, collate_fn=collate)
+    found = module(select_on="none")
+    quiet_trainer(max_epochs=2).fit(found, loader)
+    plain = module(select_on="none")
+    pairs = DataLoader(TensorDataset(images, torch.zeros(200, dtype=torch.int64)), batch_size=50)
+    quiet_trainer(max_epochs=2).fit(plain, pairs)
+    assert torch.equal(found.noise.v, plain.noise.v)
+    assert set(quiet_trainer().predict(found, loader)[0]) == {"index", "image", "logits"}
+    with pytest.raises(ValueError, match=r"must be a dict with `image` and `label`|needs `image` and `label`"):
+        quiet_trainer(max_epochs=1).fit(methods.DFUAP(trained(), 10, labels="true", select_on="none"), loader)

@@ -16,7 +16,7 @@ from torchlethe.components.clean_cache import BatchCache, IndexCache
 from torchlethe.components.perturbation_file import load_perturbation
 from torchlethe.components.split_network import SplitNetwork, find_feature_layer
 from torchlethe.components.universal_noise import Init, UniversalNoise, check_ball
-from torchlethe.data import model_input
+from torchlethe.data import labelled, model_input
 from torchlethe.io import load_weights
 from torchlethe.lightning_modules.attacks.image_source import image_shape
 from torchlethe.lightning_modules.attacks.judging import check_range
@@ -259,7 +259,7 @@ class UniversalPerturbation(StoredPerturbation):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the attack."""
-        batch = dict(model_input(batch))
+        batch = dict(model_input(batch if self.attack.reads_labels else labelled(batch)))
         image = batch["image"]
         check_range(image, batch_idx)
         if self._training_cache is not None:

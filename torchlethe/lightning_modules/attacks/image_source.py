@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torchlethe.data import as_batch
+from torchlethe.data import as_batch, labelled
 
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
@@ -62,4 +62,4 @@ def _first_image(loader: Any) -> Any:
         if isinstance(sample, Tensor):
             return sample
         return sample["image"] if isinstance(sample, dict) and "image" in sample else sample[0]
-    return as_batch(next(iter(loader)))["image"]
+    return as_batch(labelled(next(iter(loader))))["image"]

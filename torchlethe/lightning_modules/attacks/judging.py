@@ -13,7 +13,7 @@ from torch import Tensor
 from torchlethe.components.clean_cache import BatchCache
 from torchlethe.components.split_network import Outputs, SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
-from torchlethe.data import as_batch, model_input
+from torchlethe.data import labelled, model_input
 from torchlethe.lightning_modules.base import ClassificationModule
 from torchlethe.metrics.attack import AttackMetrics, uap_classes
 from torchlethe.updates.attacks import UniversalAttack, clean_outputs
@@ -149,17 +149,16 @@ class JudgedPerturbation(ClassificationModule):
             ``index`` (B,), ``image`` (B, C, H, W) uint8, ``logits`` (B, K) of these very images, and ``label`` (B,)
             where the batch has labels.
         """
-        if not isinstance(batch, dict):
-            batch = {"image": batch[0], "label": batch[1]} if isinstance(batch, list | tuple) else {"image": batch}
-        label = batch.get("label")
-        image = model_input(as_batch(batch | {"label": torch.zeros(0).long() if label is None else label}))["image"]
+        complete = labelled(batch)
+        had_labels, batch = complete is batch, model_input(complete)
+        image = batch["image"]
         check_range(image, batch_idx)
         written = self.rounded(image)
         logits = self.split(written.to(self.noise.v.dtype) / 255).logits.float()
         self._predicted = len(logits) + (self._predicted if batch_idx else 0)
         counted = torch.arange(self._predicted - len(logits), self._predicted, device=logits.device)
         found = {"index": batch.get("index", counted), "image": written, "logits": logits}
-        return found if label is None else found | {"label": label}
+        return found | {"label": batch["label"]} if had_labels else found
 
     def rounded(self, image: Tensor) -> Tensor:
         """Perturbed images as uint8: whole pixel steps, rounded towards the clean image so that ξ holds for p = ∞."""

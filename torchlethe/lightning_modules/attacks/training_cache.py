@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from torchlethe.components.clean_cache import IndexCache, fingerprint
-from torchlethe.data import PositionedLoader, model_input
+from torchlethe.data import PositionedLoader, labelled, model_input
 from torchlethe.lightning_modules.attacks.judging import JudgedPerturbation
 from torchlethe.lightning_modules.loops import in_order
 
@@ -31,7 +31,7 @@ def training_cache(module: JudgedPerturbation, when: Literal["auto", "always", "
         return None
     columns: dict[str, list[Tensor]] = {"index": [], "mark": []}
     for given in _transferred(module, in_stored_order(module.trainer)):
-        batch = model_input(given)
+        batch = model_input(labelled(given))
         if "index" not in batch:
             if when == "auto":
                 return None

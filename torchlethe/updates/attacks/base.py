@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
-from torchlethe.data import model_input
+from torchlethe.data import labelled, model_input
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Labels = Literal["predicted", "true"]
@@ -152,7 +152,8 @@ def craft(
         attack: the method.
         network: the classifier, frozen and in eval mode.
         noise: where v starts; changed in place.
-        batches: re-iterable batches, dicts or ``(image, label)`` tuples, images in [0, 1].
+        batches: re-iterable batches, dicts or ``(image, label)`` tuples, images in [0, 1]; images alone for
+            attacks that read no labels.
         epochs: passes over the batches.
         after_epoch: called with the number of finished epochs.
 
@@ -173,7 +174,7 @@ def craft(
     k = 0
     for epoch in range(epochs):
         for given in batches:
-            batch = model_input(given)
+            batch = model_input(given if attack.reads_labels else labelled(given))
             if attack.clean:
                 batch = batch | clean_outputs(network, batch["image"])
             if optimizer is None:
