@@ -118,7 +118,7 @@ def test_every_epoch_and_its_evaluation(golden, case):
 def test_sign_gradient(golden, target):
     network, v = SplitNetwork(build(golden)), noise(golden)
     v.clamp = True
-    rule = SignGradient(target, step_size=0.05, beta=2.0, labels="true")
+    rule = SignGradient(target, step_size=0.05, beta=2.0, labels="given")
     craft(rule, network, v, data(golden, "x_u8", "y")[:2], 2)
     name = "spgd/delta" if target is None else "spgd_targeted/delta"
     torch.testing.assert_close(v.v.detach()[0], torch.from_numpy(golden[name]), rtol=0, atol=1e-12)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -57,9 +60,15 @@ def _from_parquet(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _from_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Files ``<index>.png`` in one folder or in one for each class; labels from ``images.csv`` beside it."""
-    files = {int(path.stem): path for path in folder.rglob("*.png") if path.stem.isdigit()}
+    if below := next(folder.rglob(MANIFEST), None):
+        raise ValueError(f"protected is '{folder}', which is above the protected data set '{below.parent}': name that.")
+    found = [path for pattern in ("*.png", "*/*.png") for path in folder.glob(pattern) if path.stem.isdigit()]
+    files = {int(path.stem): path for path in found}
     if not files:
         raise FileNotFoundError(f"protected is '{folder}', but there are no files '<index>.png'.")
+    if len(files) < len(found):
+        twice = next(path for path in found if files[int(path.stem)] is not path)
+        raise ValueError(f"protected is '{folder}', but several files there have the index of '{twice}'.")
     index = np.array(sorted(files), dtype=np.int64)
     label, listing = np.empty(0, np.int64), folder.parent / LISTING
     if listing.is_file():
@@ -96,10 +105,15 @@ def read_protected(path: str | Path) -> ProtectedImages:
         source = path / files[best]["path"]
     elif path.is_dir() and (path / "parts").is_dir():
         raise ValueError(f"protected is '{path}', but that data set is unfinished: run its `predict` again.")
-    read: Callable[[Path], tuple[np.ndarray, np.ndarray, np.ndarray]] = (
-        _from_pictures if source.is_dir() else _from_parquet if source.suffix == ".parquet" else _from_npz
-    )
-    image, index, label = read(source)
+    readers = {".npz": _from_npz, ".parquet": _from_parquet}
+    if not source.is_dir() and source.suffix not in readers:
+        raise ValueError(f"protected is '{path}', but must be a folder, an .npz or a .parquet file.")
+    try:
+        image, index, label = (_from_pictures if source.is_dir() else readers[source.suffix])(source)
+    except (zipfile.BadZipFile, pa.ArrowException, KeyError, OSError, EOFError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"protected is '{path}', but '{source}' cannot be read: {error}") from error
     if image.dtype != np.uint8 or image.ndim != 4 or len(image) != len(index):
         raise ValueError(
             f"protected is '{path}', but its images are {image.dtype} {image.shape}, not uint8 (N, C, H, W)."
@@ -134,12 +148,19 @@ def choose_protected(
     Returns:
         (N,) bool, over the positions of ``dataset``.
 
+    Raises:
+        ValueError: the data set has no image of a class, or of an index.
+
     Example:
         >>> data = InMemoryImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), [0, 1, 0, 1])
         >>> choose_protected(data, torch.arange(4), classes=[1]).tolist()
         [False, True, False, True]
     """
     chosen = torch.isin(dataset.indices, available)
+    for name, asked, there in (("classes", classes, dataset.labels), ("indices", indices, dataset.indices)):
+        wanted = torch.as_tensor([] if asked is None else asked, dtype=torch.int64)
+        if len(missing := wanted[~torch.isin(wanted, there)]):
+            raise ValueError(f"{name} contains {int(missing[0])}, but no training image has it.")
     if classes is not None:
         chosen &= torch.isin(dataset.labels, torch.as_tensor(list(classes)))
     if indices is not None:
@@ -165,6 +186,12 @@ def check_fits(dataset: ImageDataset, protected: ProtectedImages) -> None:
     known, place = torch.isin(protected.indices, dataset.indices), protected.indices
     if not known.any():
         raise ValueError("protected shares no index with the training set; it was made from other data.")
+    if not known.all():
+        warnings.warn(
+            f"protected has {len(known)} images, and {int((~known).sum())} of them have an index that no image of the "
+            "training set has: these are not used.",
+            stacklevel=2,
+        )
     position = {index: i for i, index in enumerate(dataset.indices.tolist())}
     rows = torch.tensor([position[index] for index in place[known].tolist()])
     if len(protected.labels) and not torch.equal(dataset.clean_labels[rows], protected.labels[known]):

@@ -105,6 +105,7 @@ class ProtectedStore:
         self.folder, self.key, self.formats, self.bound = Path(folder), key, tuple(formats), dict(bound)
         self.parts = self.folder / PARTS
         self._check_folder()
+        self._complete = bool(self.manifest)
 
     def _check_folder(self) -> None:
         manifest, found = self.manifest, self.parts / "key.txt"
@@ -137,7 +138,7 @@ class ProtectedStore:
         return torch.from_numpy(self._table()[0])
 
     def add(self, index: Tensor, label: Tensor, clean: Tensor, protected: Tensor) -> None:
-        """Keep a batch.
+        """Keep a batch, unless the data set is complete.
 
         Args:
             index: (B,) int64, different ones.
@@ -148,12 +149,16 @@ class ProtectedStore:
         Raises:
             ValueError: shapes or types do not fit, or an image exceeds the bound; nothing is kept then.
         """
-        if protected.dtype is not torch.uint8 or protected.shape != clean.shape or protected.ndim != 4:
+        for name, image in (("clean", clean), ("protected", protected)):
+            if image.dtype is not torch.uint8 or image.ndim != 4 or image.shape != clean.shape:
+                shape = tuple(clean.shape) if clean.ndim == 4 else "(B, C, H, W)"
+                raise ValueError(f"{name} images are {image.dtype} {tuple(image.shape)}, but must be uint8 {shape}.")
+        if label.shape != index.shape or label.is_floating_point():
             raise ValueError(
-                f"protected images are {protected.dtype} {tuple(protected.shape)}, but must be uint8 "
-                f"{tuple(clean.shape)} as the clean ones."
+                f"label is {label.dtype} {tuple(label.shape)}, but must hold a whole class number for each of the "
+                f"{len(index)} images."
             )
-        if not len(index):
+        if not len(index) or self._complete:
             return
         change = measure_change(clean, protected)
         norm, most = self.bound["norm"], allowance(self.bound, protected[0].numel())
@@ -197,7 +202,7 @@ class ProtectedStore:
         """Write the formats, verify them, and write the manifest; nothing is done where that is there already.
 
         Args:
-            classes: names of the classes; their numbers by default.
+            classes: a name for each class, in the order of the labels; their numbers by default.
             about: what else the manifest is to say: plain values.
             expected: the number of images that must be there.
 
@@ -205,7 +210,7 @@ class ProtectedStore:
             The manifest.
 
         Raises:
-            ValueError: images are missing, or a format cannot hold images with so many channels.
+            ValueError: images are missing, a class has no name, or a format cannot hold images with so many channels.
             OSError: what is read back is not what was written.
         """
         if manifest := self.manifest:
@@ -241,7 +246,11 @@ class ProtectedStore:
             raise ValueError(f"formats has {pictures[0]!r}, but the images have {shape[0]} channels: take 'npz'.")
         everything = np.arange(len(index))
         labels = gather("label", everything)
-        classes = list(classes) if classes is not None else [str(label) for label in range(int(labels.max()) + 1)]
+        count = int(labels.max()) + 1
+        named = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) >= count
+        if classes is not None and not named:
+            raise ValueError(f"classes is {classes!r}, but must be a list with a name for each of the {count} classes.")
+        classes = [str(name) for name in (range(count) if classes is None else classes)]
         content = Content(len(index), shape, tuple(classes), chunks)  # type: ignore[arg-type]
         written = {name: write_checked(name, self.folder, content) for name in self.formats}
         changes = {name: gather(f"change_{name}", everything) for name in (*NORMS, "mean")}
@@ -273,6 +282,7 @@ class ProtectedStore:
         with atomic_write(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", "utf-8")
         shutil.rmtree(self.parts)
+        self._complete = True
         return manifest
 
     def _list(

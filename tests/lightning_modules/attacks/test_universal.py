@@ -418,4 +418,4 @@ def test_labels_that_nobody_reads_need_not_be_there(form):
     assert torch.equal(found.noise.v, plain.noise.v)
     assert set(quiet_trainer().predict(found, loader)[0]) == {"index", "image", "logits"}
     with pytest.raises(ValueError, match=r"must be a dict with `image` and `label`|needs `image` and `label`"):
-        quiet_trainer(max_epochs=1).fit(methods.DFUAP(trained(), 10, labels="true", select_on="none"), loader)
+        quiet_trainer(max_epochs=1).fit(methods.DFUAP(trained(), 10, labels="given", select_on="none"), loader)

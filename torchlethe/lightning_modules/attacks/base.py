@@ -19,12 +19,11 @@ from torchlethe.components.universal_noise import Init, UniversalNoise, check_ba
 from torchlethe.data import labelled, model_input
 from torchlethe.io import load_weights
 from torchlethe.lightning_modules.attacks.image_source import image_shape
-from torchlethe.lightning_modules.attacks.judging import check_range
 from torchlethe.lightning_modules.attacks.storing import StoredPerturbation, without_network
 from torchlethe.lightning_modules.attacks.training_cache import training_cache
 from torchlethe.lightning_modules.loops import StepCounter
 from torchlethe.metrics.attack import AttackMetrics
-from torchlethe.updates.attacks import UniversalAttack, clean_outputs
+from torchlethe.updates.attacks import UniversalAttack, check_range, clean_outputs
 
 
 class UniversalPerturbation(StoredPerturbation):

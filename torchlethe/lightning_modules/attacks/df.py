@@ -24,7 +24,7 @@ class DFUAP(UniversalPerturbation):
         kappa: κ ≥ 0, how far beyond the border the loss still falls.
         kind: ``bounded_neg`` untargeted; ``bounded_fixed_ref``, ``bounded`` or ``logit`` targeted; by default the first
             or the second.
-        labels: which classes an untargeted attack leaves: ``predicted`` (no labels needed) or ``true``.
+        labels: which classes an untargeted attack leaves: ``predicted`` (no labels needed) or ``given`` with the data.
         optimizer: makes the optimizer of v; Adam with rate 0.005 by default.
         **kwargs: of :class:`UniversalPerturbation`.
     """
@@ -36,7 +36,7 @@ class DFUAP(UniversalPerturbation):
         target: int | None = None,
         kappa: float = 10.0,
         kind: Literal["bounded", "bounded_fixed_ref", "bounded_neg", "logit"] | None = None,
-        labels: Literal["predicted", "true"] = "predicted",
+        labels: Literal["predicted", "given"] = "predicted",
         optimizer: OptimizerCallable = df_optimizer,
         **kwargs: Any,
     ) -> None:

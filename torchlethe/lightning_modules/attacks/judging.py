@@ -16,7 +16,7 @@ from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.data import labelled, model_input
 from torchlethe.lightning_modules.base import ClassificationModule
 from torchlethe.metrics.attack import AttackMetrics, uap_classes
-from torchlethe.updates.attacks import UniversalAttack, clean_outputs
+from torchlethe.updates.attacks import UniversalAttack, check_range, clean_outputs
 
 
 class JudgedPerturbation(ClassificationModule):
@@ -167,23 +167,3 @@ class JudgedPerturbation(ClassificationModule):
         # 1e-3 of a pixel step: a bound of 8/255 must not become 7 by rounding
         change = moved - clean
         return (clean + change.sign() * (change.abs() + 1e-3).floor()).clamp(0, 255).to(torch.uint8)
-
-
-def check_range(image: Tensor, batch_idx: int) -> None:
-    """Refuse normalised images, in the first batch of a pass: ξ and the clamp are meant for [0, 1].
-
-    Args:
-        image: (B, C, H, W) floating.
-        batch_idx: its place in the pass; later batches are not looked at, as that waits for the device.
-
-    Raises:
-        ValueError: they lie far outside [0, 1]; what interpolation overshoots is let through.
-    """
-    if batch_idx:
-        return
-    low, high = (float(value) for value in image.aminmax())
-    if low < -0.25 or high > 1.25:
-        raise ValueError(
-            f"images range from {low:.3g} to {high:.3g}, they must lie in [0, 1]: normalisation belongs to the network "
-            "(torchlethe.models.normalized)."
-        )

@@ -22,7 +22,7 @@ class SGDUAP(UniversalPerturbation):
         target: class that all images shall get, None for an untargeted attack.
         step_size: η in units of ξ.
         beta: largest cross-entropy of an image that counts, in nats.
-        labels: which classes an untargeted attack leaves: ``predicted`` (no labels needed) or ``true``.
+        labels: which classes an untargeted attack leaves: ``predicted`` (no labels needed) or ``given`` with the data.
         **kwargs: of :class:`UniversalPerturbation`.
     """
 
@@ -33,7 +33,7 @@ class SGDUAP(UniversalPerturbation):
         target: int | None = None,
         step_size: float = 0.8,
         beta: float = 12.0,
-        labels: Literal["predicted", "true"] = "predicted",
+        labels: Literal["predicted", "given"] = "predicted",
         **kwargs: Any,
     ) -> None:
         super().__init__(SignGradient(target, step_size, beta, labels), network, num_classes, target=target, **kwargs)

@@ -14,6 +14,9 @@ from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import Init
 from torchlethe.lightning_modules.attacks.judging import JudgedPerturbation
 
+BALL = ("method", "xi", "p", "clamp", "target")
+"""What a v cannot change in the middle of a fit."""
+
 
 class StoredPerturbation(JudgedPerturbation):
     """The part of :class:`UniversalPerturbation` that writes and reads v; not for use by itself."""
@@ -67,10 +70,13 @@ class StoredPerturbation(JudgedPerturbation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the attack's state and the hash of the network, whose weights are left out."""
         shape = list(self.noise.v.shape[1:])
-        checkpoint["attack"] = {"state": self.attack.state_dict(), "network_hash": self.network_hash(), "shape": shape}
+        ball = {name: self.about()[name] for name in BALL}
+        checkpoint["attack"] = {
+            "state": self.attack.state_dict(), "network_hash": self.network_hash(), "shape": shape, "ball": ball,
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make v before it is filled; refuse a checkpoint for another network."""
+        """Make v before it is filled; refuse a checkpoint for another network, ball or target."""
         state = checkpoint.get("attack")
         if state is None or "perturbation.v" not in checkpoint["state_dict"]:
             raise ValueError(f"the checkpoint holds no perturbation, so it is none of a {type(self).__name__}.")
@@ -80,6 +86,9 @@ class StoredPerturbation(JudgedPerturbation):
                 f"one ({self.network_hash()[:12]}…): give the same with the argument weights."
             )
         self.build(state["shape"])
+        for name, value in state["ball"].items():
+            if value != (now := self.about()[name]):
+                raise ValueError(f"the checkpoint was made with {name}={value}, but this run has {name}={now}.")
         self._restored = state["state"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

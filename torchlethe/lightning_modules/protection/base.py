@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
@@ -91,10 +91,18 @@ class ProtectionModule(LightningModule):
         """Refuse to fit: protections are run with ``predict``."""
         if stage != "predict":
             raise ValueError(f"{type(self).__name__} protects data, it runs with `predict`, not with `{stage}`.")
+        labels = getattr(getattr(getattr(self.trainer, "datamodule", None), "train_set", None), "labels", None)
+        if labels is not None:
+            self._check_labels(labels)
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "64-true", "bf16-mixed"):
             # half the bits lose the bytes of an image; fp16 loses small gradients as well
             raise ValueError(f"precision is {precision}, {type(self).__name__} needs 32-true, 64-true or bf16-mixed.")
+
+    def _check_labels(self, label: Tensor) -> None:
+        count = getattr(self.protection, "num_classes", None)
+        if count is not None and len(label) and int(label.max()) >= count:
+            raise ValueError(f"the data has the label {int(label.max())}, but num_classes is {count}.")
 
     def on_predict_start(self) -> None:
         """Prepare, or read what an earlier run prepared."""
@@ -165,7 +173,13 @@ class ProtectionModule(LightningModule):
         """
         batch = as_batch(batch)
         image = pixels(batch["image"])
-        label = torch.as_tensor(batch["label"], device=image.device).long().clone()
+        label = torch.as_tensor(batch["label"], device=image.device)
+        if label.shape != image.shape[:1] or label.is_floating_point():
+            raise ValueError(
+                f"label is {label.dtype} {tuple(label.shape)}, but must hold a whole class number for each of the "
+                f"{len(image)} images."
+            )
+        label = label.long().clone()
         if "index" in batch:
             index = batch["index"].long().clone()
         elif self.trainer.world_size == 1:
@@ -203,6 +217,10 @@ class ProtectionModule(LightningModule):
             self.report = {name: float(value / count) for name, value in sums.items()}
             self.report["changed_max"] = float(largest)
             self.report["images"] = int(count)
+            if not largest:
+                rank_zero_warn(
+                    f"{type(self).__name__} changed no pixel: are radius and step in units of 1/255, 8 and not 8/255?"
+                )
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.report.items()))
             rank_zero_info(f"{type(self).__name__}: {numbers}")
             if self.logger is not None:
@@ -238,6 +256,7 @@ class ProtectionModule(LightningModule):
             return dataset.fingerprint()
         digest = hashlib.sha256()
         for batch in PreparationBatches(self, shards=True):
+            self._check_labels(batch["label"])
             for name in ("image", "label", "index"):
                 digest.update(batch[name].cpu().numpy().tobytes())
         found: list[Any] = [digest.hexdigest()]
@@ -319,6 +338,8 @@ def pixels(image: Tensor) -> Tensor:
     Raises:
         ValueError: the values lie elsewhere (normalised, resized or augmented images, or half precision).
     """
+    if image.ndim != 4:
+        raise ValueError(f"image has the shape {tuple(image.shape)}, but must be (B, C, H, W).")
     if image.dtype is torch.uint8:
         return image.clone()
     scaled = image.detach() * 255 if image.is_floating_point() else image.float()

@@ -1,6 +1,6 @@
 """Universal attacks as plain PyTorch: one objective each, crafted by :func:`craft` or by a LightningModule."""
 
-from torchlethe.updates.attacks.base import LossAttack, UniversalAttack, clean_outputs, craft
+from torchlethe.updates.attacks.base import LossAttack, UniversalAttack, check_range, clean_outputs, craft
 from torchlethe.updates.attacks.cosine_logits import CosineLogits
 from torchlethe.updates.attacks.deepfool import DeepFoolAttack
 from torchlethe.updates.attacks.feature_gathering import FeatureGathering
@@ -24,6 +24,7 @@ __all__ = [
     "SignGradient",
     "TruncatedRatio",
     "UniversalAttack",
+    "check_range",
     "clean_outputs",
     "craft",
 ]

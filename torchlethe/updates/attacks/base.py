@@ -16,7 +16,7 @@ from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.data import labelled, model_input
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-Labels = Literal["predicted", "true"]
+Labels = Literal["predicted", "given"]
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -115,13 +115,13 @@ def warn_at_zero(noise: UniversalNoise) -> None:
 
 def attacked_classes(batch: Mapping[str, Any], labels: Labels) -> Tensor:
     """(B,) the classes that an attack starts from: clean predictions, or the true labels."""
-    return batch["label"] if labels == "true" else batch["clean_logits"].argmax(1)
+    return batch["label"] if labels == "given" else batch["clean_logits"].argmax(1)
 
 
 def check_labels(labels: str) -> None:
     """Refuse anything but ``predicted`` and ``true``."""
-    if labels not in ("predicted", "true"):
-        raise ValueError(f"labels is {labels!r}, allowed are predicted and true.")
+    if labels not in ("predicted", "given"):
+        raise ValueError(f"labels is {labels!r}, allowed are predicted and given.")
 
 
 def clean_outputs(network: SplitNetwork, image: Tensor) -> dict[str, Tensor]:
@@ -136,6 +136,26 @@ def clean_outputs(network: SplitNetwork, image: Tensor) -> dict[str, Tensor]:
     if out.features is not None:
         found["clean_features"] = out.features
     return {name: value.float() if value.itemsize < 4 else value for name, value in found.items()}
+
+
+def check_range(image: Tensor, batch_idx: int) -> None:
+    """Refuse normalised images, in the first batch of a pass: ξ and the clamp are meant for [0, 1].
+
+    Args:
+        image: (B, C, H, W) floating.
+        batch_idx: its place in the pass; later batches are not looked at, as that waits for the device.
+
+    Raises:
+        ValueError: they lie far outside [0, 1]; what interpolation overshoots is let through.
+    """
+    if batch_idx:
+        return
+    low, high = (float(value) for value in image.aminmax())
+    if low < -0.25 or high > 1.25:
+        raise ValueError(
+            f"images range from {low:.3g} to {high:.3g}, they must lie in [0, 1]: normalisation belongs to the network "
+            "(torchlethe.models.normalized)."
+        )
 
 
 def craft(
@@ -160,6 +180,9 @@ def craft(
     Returns:
         v, detached.
 
+    Raises:
+        ValueError: images lie far outside [0, 1], or the batches can be gone through only once.
+
     Example:
         >>> from torchlethe.updates.attacks import FeatureGathering
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
@@ -169,12 +192,15 @@ def craft(
         >>> v.shape, bool(v.abs().max() <= 0.1)
         (torch.Size([1, 1, 8, 8]), True)
     """
+    if epochs > 1 and iter(batches) is batches:
+        raise ValueError(f"batches can be gone through once only, but epochs is {epochs}: give a list or a loader.")
     attack.prepare(noise)
     optimizer = attack.configure(noise) if attack.learns_by_loss else None
     k = 0
     for epoch in range(epochs):
         for given in batches:
             batch = model_input(given if attack.reads_labels else labelled(given))
+            check_range(batch["image"], k)
             if attack.clean:
                 batch = batch | clean_outputs(network, batch["image"])
             if optimizer is None:

@@ -31,7 +31,7 @@ class MarginAttack(LossAttack):
         kappa: κ ≥ 0, how far beyond the border the loss still falls.
         kind: ``bounded_neg`` for untargeted, ``bounded_fixed_ref``, ``bounded`` or ``logit`` for targeted attacks; by
             default the first or the second of these.
-        labels: which classes an untargeted attack starts from: ``predicted`` or ``true``.
+        labels: which classes an untargeted attack starts from: ``predicted`` or ``given`` with the data.
         optimizer: makes the optimizer.
 
     Raises:
@@ -57,7 +57,7 @@ class MarginAttack(LossAttack):
         check_labels(labels)
         super().__init__(optimizer)
         self.target, self.kappa, self.labels = target, kappa, labels
-        self.reads_labels = labels == "true"
+        self.reads_labels = labels == "given"
         self.kind: Margin = kind or ("bounded_neg" if target is None else "bounded_fixed_ref")
 
     def loss(

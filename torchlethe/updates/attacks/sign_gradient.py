@@ -51,7 +51,7 @@ class SignGradient(LossAttack):
         target: class that all images shall get, None for an untargeted attack.
         step_size: η in units of ξ; 0.8 in their code, where it is constant.
         beta: β in nats, ``inf`` for none; 12 in their code for ImageNet.
-        labels: which classes an untargeted attack starts from: ``predicted`` or ``true``.
+        labels: which classes an untargeted attack starts from: ``predicted`` or ``given`` with the data.
 
     Raises:
         ValueError: ``step_size`` or ``beta`` is not positive.
@@ -74,7 +74,7 @@ class SignGradient(LossAttack):
         check_labels(labels)
         super().__init__()
         self.target, self.step_size, self.beta, self.labels = target, step_size, beta, labels
-        self.reads_labels = labels == "true"
+        self.reads_labels = labels == "given"
 
     def configure(self, noise: UniversalNoise) -> Optimizer:
         """Sign descent with the step η·ξ."""

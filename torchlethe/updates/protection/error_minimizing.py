@@ -14,7 +14,7 @@ from torchlethe.functional.sign_descent import sign_descent
 from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
-from torchlethe.updates.protection.settings import check_choice, check_least, own_training_state, progress
+from torchlethe.updates.protection.settings import check_above, check_choice, check_least, own_training_state, progress
 from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
@@ -83,6 +83,7 @@ class ErrorMinimizingProtector(JointNoiseProtector):
         self.train_steps, self.rounds = train_steps, rounds
         check_least(1, steps=self.steps, train_steps=train_steps, rounds=rounds)
         check_least(2, num_classes=num_classes)
+        check_above(0, stop_error=self.stop_error)
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {share}, it must lie in (0, 1].")
         if not classwise and self.share != 1:

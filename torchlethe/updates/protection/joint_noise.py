@@ -14,7 +14,7 @@ from torchlethe.components import eval_mode
 from torchlethe.components.originals import randomised_copy
 from torchlethe.functional.sign_descent import quantized
 from torchlethe.updates.protection.base import Protection
-from torchlethe.updates.protection.settings import check_above, check_least, check_radius, described
+from torchlethe.updates.protection.settings import check_above, check_least, check_radius, check_step, described
 from torchlethe.updates.protection.whole_set import WholeSet, rows_of
 
 
@@ -51,7 +51,8 @@ class JointNoiseProtector(Protection):
         seed: int,
     ) -> None:
         super().__init__()
-        check_above(0, step=step, lr=lr)
+        check_step(step)
+        check_above(0, lr=lr)
         check_least(0, momentum=momentum, weight_decay=weight_decay, clip=clip)
         check_least(2, batch_size=batch_size)
         check_least(1, search_batch_size=search_batch_size)

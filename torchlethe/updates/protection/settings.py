@@ -27,6 +27,15 @@ def check_radius(radius: int) -> int:
     return radius
 
 
+def check_step(step: float) -> float:
+    """Refuse a step that is no positive number of 1/255, or so small that a fraction of the range must be meant."""
+    if not step >= 0.05:
+        raise ValueError(
+            f"step is {step}, it must be above 0.05, as its unit is 1/255 like that of radius: 0.8 rather than 0.8/255."
+        )
+    return float(step)
+
+
 def check_least(low: float, **values: float) -> None:
     """Refuse values below a limit, by the name of the argument."""
     for name, value in values.items():

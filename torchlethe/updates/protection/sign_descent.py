@@ -17,7 +17,7 @@ from torchlethe.functional.sign_descent import quantized, sign_descent
 from torchlethe.updates.protection.base import Protection
 from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
-from torchlethe.updates.protection.settings import check_above, check_choice, check_least, check_radius, described
+from torchlethe.updates.protection.settings import check_choice, check_least, check_radius, described
 
 
 class SignDescentProtector(Protection):
@@ -56,7 +56,7 @@ class SignDescentProtector(Protection):
         super().__init__()
         check_least(1, steps=steps, restarts=restarts)
         check_least(0, crop=crop)
-        check_above(0, step=step)
+        check_step(step)
         check_choice("init", init, ("zero", "gaussian", "uniform"))
         self.radius: int = check_radius(radius)
         self.step, self.steps, self.init, self.restarts = float(step), steps, init, restarts
