@@ -17,21 +17,21 @@ from torchlethe.components import NonFiniteGradientError
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"method": "adam"}, r"method is 'adam', it must be one of fsam, sam, asam, vasso, gsam, wsam, looksam, esam"),
+        ({"method": "adam"}, r"method is 'adam', allowed are fsam, sam, asam, vasso, gsam, wsam, looksam and esam"),
         ({"rho": 0}, r"rho is 0, it must be a positive number \(for no perturbation use the base optimizer\)"),
         ({"rho": -0.1}, r"rho is -0\.1, it must be a positive number .*"),
         ({"rho": float("nan")}, r"rho is nan, it must be a positive number .*"),
         ({"method": "sam", "sigma": 1.0}, r"sigma is no option of method='sam': it has no options of its own"),
         ({"method": "fsam", "alpha": 0.4}, r"alpha is no option of method='fsam': its options are sigma, lmbda, .*"),
-        ({"lmbda": 1.5}, r"lmbda is 1\.5, it must be in \[0, 1\]"),
+        ({"lmbda": 1.5}, r"lmbda is 1\.5, it must lie in \[0, 1\]"),
         ({"interval": 0}, r"interval is 0, it must be at least 1"),
         ({"warmup_steps": -1}, r"warmup_steps is -1, it must be at least 0"),
-        ({"rho_schedule": "cosine"}, r"rho_schedule is 'cosine', it must be one of constant, linear, lr"),
-        ({"scope": "rank"}, r"scope is 'rank', it must be one of global, local"),
-        ({"freeze": "all"}, r"freeze is 'all', it must be one of bn, buffers, none"),
-        ({"norm": "max"}, r"norm is 'max', it must be one of global, layerwise"),
-        ({"adaptive": "w"}, r"adaptive is 'w', it must be one of None, w2, eta"),
-        ({"ascent_fraction": 0}, r"ascent_fraction is 0, it must be in \(0, 1\]"),
+        ({"rho_schedule": "cosine"}, r"rho_schedule is 'cosine', allowed are constant, linear and lr"),
+        ({"scope": "rank"}, r"scope is 'rank', allowed are global and local"),
+        ({"freeze": "all"}, r"freeze is 'all', allowed are bn, buffers and none"),
+        ({"norm": "max"}, r"norm is 'max', allowed are global and layerwise"),
+        ({"adaptive": "w"}, r"adaptive is 'w', allowed are None, w2 and eta"),
+        ({"ascent_fraction": 0}, r"ascent_fraction is 0, it must lie in \(0, 1\]"),
         ({"memory_dtype": "int8"}, r"memory_dtype is 'int8', it must name a floating-point dtype such as 'bfloat16'"),
         ({"perturb": "*.weight"}, r"perturb is '\*\.weight', which is no regular expression: .*"),
         (
@@ -100,7 +100,7 @@ def test_optimizers():
         with_optimizer(lambda parameters: None),
     )
     refused(
-        r"rho of a parameter group is -1, it must be positive",
+        r"rho of a parameter group is -1, it must be above 0",
         with_optimizer(lambda parameters: torch.optim.SGD([{"params": list(parameters), "rho": -1}], lr=0.1)),
     )
 

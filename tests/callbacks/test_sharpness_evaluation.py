@@ -462,7 +462,7 @@ def test_two_evaluations_must_not_share_a_file(tmp_path):
         ({"rho": 0}, "rho is 0, it must be above 0"),
         ({"probes": 0}, "probes is 0, it must be above 0"),
         ({"max_sweeps": 0}, "max_sweeps is 0, it must be above 0"),
-        ({"adaptive": "all"}, "adaptive='all' is unknown"),
+        ({"adaptive": "all"}, "adaptive is 'all', allowed are None, w2 and eta"),
     ],
 )
 def test_unknown_arguments_are_refused(arguments, message):

@@ -143,7 +143,7 @@ def test_a_defended_classifier_learns():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="epsilon is 0, but must be positive"):
+    with pytest.raises(ValueError, match="epsilon is 0, it must be above 0"):
         AdversarialTraining(epsilon=0)
     with pytest.raises(ValueError, match="samples is 0"):
         UEraser(samples=0)

@@ -399,7 +399,7 @@ def test_wrong_input_is_refused_in_a_sentence_before_training(tmp_path, number):
         ({"divergences": ["tv"]}, "divergences="),
         ({"stages": "fit"}, "stages='fit' must be a list"),
         ({"filename": "evaluation.txt"}, r"must end in \.json"),
-        ({"svc_mode": "slow"}, "svc_mode='slow'"),
+        ({"svc_mode": "slow"}, "svc_mode is 'slow', allowed are auto, fast and exact"),
     ],
 )
 def test_unknown_arguments_are_refused(arguments, message):

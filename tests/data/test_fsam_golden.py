@@ -57,7 +57,7 @@ def test_cutout_can_spare_images_and_fill_with_the_mean():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Augmentation(cutout_probability=2), r"cutout_probability is 2, but must lie in \[0, 1\]"),
+        (lambda: Augmentation(cutout_probability=2), r"cutout_probability is 2, it must lie in \[0, 1\]"),
         (lambda: Augmentation(cutout_value=[0.5, 255]), r"cutout_value is \[0.5, 255\], but pixels lie in \[0, 1\]"),
         (
             lambda: Augmentation(cutout=2, cutout_value=[0.5, 0.5])(

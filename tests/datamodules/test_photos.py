@@ -22,7 +22,7 @@ def test_patches_have_the_size_and_are_reproducible(size, channels):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"image_size": 193}, "image_size is 193, but must lie between 1 and 192"),
+        ({"image_size": 193}, r"image_size is 193, it must lie in \[1, 192\]"),
         ({"channels": 2}, "channels is 2"),
         ({"count": 7}, "count is 7, but must be an even number"),
     ],

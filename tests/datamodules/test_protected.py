@@ -113,7 +113,7 @@ def test_images_to_protect_are_bytes_in_stored_order():
 def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match="data is a LightningDataModule"):
         ProtectionDataModule(LightningDataModule())
-    with pytest.raises(ValueError, match=r"ratio is 0, but must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"ratio is 0, it must lie in \(0, 1\]"):
         ProtectedDataModule(DigitsDataModule(), source, ratio=0)
     with pytest.raises(ValueError, match="part is 'half'"):
         ProtectedDataModule(DigitsDataModule(), source, part="half")

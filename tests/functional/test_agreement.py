@@ -83,11 +83,11 @@ def test_relearning_levels():
     assert not has_relearned(0.4, relearning_target(0.2, 0.1, "loss"), "loss")
     assert not has_relearned(math.nan, 0.0)
     assert not has_relearned(math.nan, 0.0, "loss")
-    with pytest.raises(ValueError, match="margin=-1"):
+    with pytest.raises(ValueError, match="margin is -1, it must be at least 0"):
         relearning_target(98.0, -1)
     assert anamnesis_index(10, 20) == 0.5
     assert math.isnan(anamnesis_index(10, 0))
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="steps is -1, it must be at least 0"):
         anamnesis_index(-1, 3)
 
 

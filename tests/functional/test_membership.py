@@ -99,7 +99,7 @@ def test_unusable_scores_are_refused(arguments, message):
 def test_fit_refuses_one_class_and_odd_strength():
     with pytest.raises(ValueError, match="got 3 members among 3"):
         fit_logistic(torch.zeros(3), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="C=0 must be positive"):
+    with pytest.raises(ValueError, match="C is 0, it must be above 0"):
         fit_logistic(torch.zeros(2), torch.tensor([True, False]), C=0)
 
 
@@ -144,5 +144,5 @@ def test_a_class_without_members_gets_the_common_threshold():
 
 def test_indiscernibility_is_one_for_guessing():
     assert [indiscernibility(a) for a in (0.5, 0.0, 1.0)] == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"attack_accuracy=1\.5"):
+    with pytest.raises(ValueError, match=r"attack_accuracy is 1\.5, it must lie in \[0, 1\]"):
         indiscernibility(1.5)

@@ -331,7 +331,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(network, arguments, message):
         (hessian_trace, {"probes": 0}, "probes is 0, it must be above 0"),
         (m_sharpness, {"rho": 0.0}, r"rho is 0\.0, it must be above 0"),
         (m_sharpness, {"m": -1}, "m is -1, it must be above 0"),
-        (m_sharpness, {"adaptive": "w3"}, "adaptive='w3' is unknown, allowed are 'w2', 'eta' and None"),
+        (m_sharpness, {"adaptive": "w3"}, "adaptive is 'w3', allowed are None, w2 and eta"),
         (m_sharpness, {"eta": -1.0}, r"eta is -1\.0, it must be at least 0"),
         (m_sharpness, {"batches": []}, "batches is empty"),
     ],

@@ -98,11 +98,14 @@ def test_single_precision_logits_are_computed_on_in_double(golden):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MembershipLogistic("probabilities"), "feature='probabilities' is unknown"),
-        (lambda: MembershipSVC("confidence", m_entropy="as_coded"), "m_entropy='as_coded'"),
+        (lambda: MembershipLogistic("probabilities"), "feature is 'probabilities', allowed are "),
+        (lambda: MembershipSVC("confidence", m_entropy="as_coded"), "m_entropy is 'as_coded', allowed are "),
         (lambda: MembershipSVC("probabilities", mode="fast"), "mode='fast' merges scalar features only"),
-        (lambda: MembershipSVC(selection="random"), "selection='random'"),
-        (lambda: MembershipLogistic().update(torch.zeros(1, 2), torch.zeros(1).long(), "remain"), "role='remain'"),
+        (lambda: MembershipSVC(selection="random"), "selection is 'random', allowed are "),
+        (
+            lambda: MembershipLogistic().update(torch.zeros(1, 2), torch.zeros(1).long(), "remain"),
+            "role is 'remain', allowed are ",
+        ),
         (
             lambda: MembershipLogistic().update(torch.zeros(1, 2), torch.zeros(1).long(), "forget", torch.zeros(2)),
             "index must have the shape",

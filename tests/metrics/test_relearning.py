@@ -92,11 +92,11 @@ def test_large_forget_sets_are_sampled():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "relearning.lr=0.0 must be positive"),
-        ({"margin": -1}, "relearning.margin=-1 must not be negative"),
-        ({"momentum": 1.0}, "relearning.momentum=1.0"),
-        ({"max_steps": 0}, "relearning.max_steps=0 must be at least 1"),
-        ({"criterion": "f1"}, "relearning.criterion='f1' is unknown"),
+        ({"lr": 0.0}, r"relearning.lr is 0.0, it must lie in \(0, inf\)"),
+        ({"margin": -1}, r"relearning.margin is -1, it must lie in \[0, inf\)"),
+        ({"momentum": 1.0}, r"relearning.momentum is 1.0, it must lie in \[0, 1\)"),
+        ({"max_steps": 0}, "relearning.max_steps is 0, it must be at least 1"),
+        ({"criterion": "f1"}, "relearning.criterion is 'f1', allowed are accuracy and loss"),
     ],
 )
 def test_wrong_settings_are_one_sentence(settings, message):

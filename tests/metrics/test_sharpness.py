@@ -80,7 +80,7 @@ def test_wrong_input_is_refused():
         (lambda: HessianTopEigenvalue(network(), k=0), "k is 0"),
         (lambda: HessianTrace(network(), probes=0), "probes is 0"),
         (lambda: MSharpness(network(), rho=-1.0), r"rho is -1\.0"),
-        (lambda: MSharpness(network(), adaptive="abs"), "adaptive='abs' is unknown"),
+        (lambda: MSharpness(network(), adaptive="abs"), "adaptive is 'abs', allowed are None, w2 and eta"),
     ):
         with pytest.raises(ValueError, match=message):
             build()

@@ -195,7 +195,7 @@ def test_vit_attention_agrees_with_the_fused_kernel():
         (lambda: models.MLP(hidden=()), "hidden must name at least one width"),
         (lambda: models.vit_tiny(patch_size=5), "patch_size must divide image_size, got 5 and 32"),
         (lambda: models.VisionTransformer(heads=5), "heads must divide width, got 5 and 192"),
-        (lambda: models.wrn28_2(dropout=1.0), "dropout must lie in \\[0, 1\\), got 1.0"),
+        (lambda: models.wrn28_2(dropout=1.0), "dropout is 1.0, it must lie in \\[0, 1\\)"),
         (lambda: models.SmallCNN()(torch.rand(1, 1, 28, 28)), "28×28 pixels, .*image_size=8"),
         (lambda: models.VGG()(torch.rand(1, 3, 16, 16)), "16×16 pixels, .* at least 32×32"),
         (lambda: models.resnet8()(torch.rand(1, 1, 32, 32)), "1 channels, .*in_channels=3"),

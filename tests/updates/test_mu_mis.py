@@ -293,9 +293,9 @@ def test_input_gradients_are_per_sample():
         ({"kappa": math.nan}, "kappa is nan"),
         ({"min_dip": 1.5}, r"min_dip is 1.5, it must lie in \[0, 1\]"),
         ({"guard": 1.0}, "guard is 1.0, it must be above 1"),
-        ({"weighting": "x"}, "weighting is 'x', allowed are plain, hinge"),
+        ({"weighting": "x"}, "weighting is 'x', allowed are plain and hinge"),
         ({"irrelevant_sampling": "x"}, "irrelevant_sampling is 'x'"),
-        ({"bn_mode": "x"}, "bn_mode is 'x', allowed are eval, train"),
+        ({"bn_mode": "x"}, "bn_mode is 'x', allowed are eval and train"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, sentence):

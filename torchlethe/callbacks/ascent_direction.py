@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.callbacks.second_pass import uncounted
 from torchlethe.callbacks.sharpness_aware import SharpnessAware
 from torchlethe.callbacks.sharpness_data import find_train_source
@@ -45,10 +46,8 @@ class AscentDirection(SharpnessAware):
         refresh: int = 1,
         **options: Any,
     ) -> None:
-        if direction not in ("batch", "full", "noise"):
-            raise ValueError(f"direction is {direction!r}, it must be 'batch', 'full' or 'noise'.")
-        if refresh < 1:
-            raise ValueError(f"refresh is {refresh}, it must be at least 1.")
+        check_choice(("batch", "full", "noise"), direction=direction)
+        check_at_least(1, refresh=refresh)
         super().__init__("sam", rho, **options)
         self.direction, self.refresh = direction, refresh
         if direction != "batch":

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.components.checkpoint_folder import LIST, Checkpoint, CheckpointFolder, write_list
 from torchlethe.functional.self_ensemble import equidistant
@@ -59,11 +60,8 @@ class CheckpointEnsemble(Callback):
         dtype: Literal["native", "float32", "bfloat16", "float16"] = "native",
         submodule: str | None = "network",
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("max_keep", max_keep)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        if dtype not in ("native", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is '{dtype}', allowed are native, float32, bfloat16 and float16.")
+        check_at_least(1, every_n_epochs=every_n_epochs, max_keep=1 if max_keep is None else max_keep)
+        check_choice(("native", "float32", "bfloat16", "float16"), dtype=dtype)
         self.dirpath, self.every_n_epochs, self.max_keep = dirpath, every_n_epochs, max_keep
         self.dtype, self.submodule = dtype, submodule
         self.folder: Path | None = None

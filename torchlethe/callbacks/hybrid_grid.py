@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.data import HybridDataset
 from torchlethe.io import atomic_write
@@ -40,8 +41,7 @@ class HybridGrid(Callback):
     """
 
     def __init__(self, rows: int = 6, filename: str = "hybrids.png") -> None:
-        if rows < 1:
-            raise ValueError(f"rows is {rows}, it must be at least 1.")
+        check_at_least(1, rows=rows)
         if not filename.endswith(".png"):
             raise ValueError(f"filename is '{filename}', it must end in .png.")
         self.rows, self.filename = rows, filename

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchlethe.arguments import check_at_least
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a weight became NaN or infinite."""
@@ -37,8 +39,7 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}, it must be at least 1.")
+        check_at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.first_bad_step: Tensor | None = None
         self.batch: Any = None

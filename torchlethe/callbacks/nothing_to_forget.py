@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.components import all_reduce_sum, eval_mode
 from torchlethe.data import PADDING_LABEL, PositionedLoader
 
@@ -46,8 +47,7 @@ class NothingToForget(Callback):
     """
 
     def __init__(self, samples: int = 512) -> None:
-        if samples < 0:
-            raise ValueError(f"samples is {samples}, it must be at least 0.")
+        check_at_least(0, samples=samples)
         self.samples = samples
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.callbacks.evaluation_record import describe_run, publish
 from torchlethe.callbacks.protection_pictures import draw_curves
 from torchlethe.callbacks.run_clock import RunEvaluation
@@ -74,8 +75,7 @@ class ProtectionEvaluation(RunEvaluation):
         super().__init__()
         if isinstance(stages, str) or any(stage not in STAGES for stage in stages):
             raise ValueError(f"stages={stages!r} must be a list out of {', '.join(STAGES)}.")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is {every_n_epochs}, but must be at least 1.")
+        check_at_least(1, every_n_epochs=every_n_epochs)
         if not filename.endswith(".json"):
             raise ValueError(f"filename={filename!r} must end in .json.")
         self.others = {"reference": reference, "clean_part": clean_part}

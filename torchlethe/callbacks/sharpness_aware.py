@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from torchlethe.arguments import check_above, check_choice, check_within
 from torchlethe.callbacks.two_passes import PassOptions, TwoPasses
 from torchlethe.components import SharpnessEngine, normalisation_parameters
 from torchlethe.components.ascent_rules import EfficientRule
@@ -122,14 +123,9 @@ class SharpnessAware(Callback):
         sample_losses: Callable[..., Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if not 0 < ascent_fraction <= 1:
-            raise ValueError(f"ascent_fraction is {ascent_fraction}, it must be in (0, 1].")
-        for name, text, allowed in (
-            ("scope", scope, ("global", "local")),
-            ("freeze", freeze, ("bn", "buffers", "none")),
-        ):
-            if text not in allowed:
-                raise ValueError(f"{name} is {text!r}, it must be one of {', '.join(allowed)}.")
+        check_within(0, 1, "(]", ascent_fraction=ascent_fraction)
+        check_choice(("global", "local"), scope=scope)
+        check_choice(("bn", "buffers", "none"), freeze=freeze)
         try:
             re.compile(perturb)
         except re.error as error:
@@ -251,8 +247,7 @@ class SharpnessAware(Callback):
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
                 raise ValueError(f"the parameter '{layer_name}.weight' has a sparse gradient: use sparse=False.")
         for group in optimizer.param_groups:
-            if not group.get("rho", 1) > 0:
-                raise ValueError(f"rho of a parameter group is {group['rho']}, it must be positive.")
+            check_above(0, **{"rho of a parameter group": group.get("rho", 1)})
         passes = self._running
         passes.begin(optimizer, _parameter_names(pl_module, optimizer), self._to_perturb(pl_module))
         if self.engine.rho_schedule == "linear":

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above
 from torchlethe.callbacks.evaluation_record import describe_run, publish
 from torchlethe.callbacks.run_clock import RunEvaluation
 from torchlethe.callbacks.run_folder import run_folder
@@ -28,7 +29,7 @@ from torchlethe.callbacks.sharpness_data import (
 from torchlethe.components import all_reduce_sum, eval_mode
 from torchlethe.functional.group_sharpness import Adaptive
 from torchlethe.functional.hessian import hessian_top_eigenvalues
-from torchlethe.functional.mean_loss import check_positive, widest
+from torchlethe.functional.mean_loss import widest
 from torchlethe.io import atomic_write
 from torchlethe.metrics.sharpness import HessianTopEigenvalue, HessianTrace, MSharpness, SharpnessMetric
 
@@ -125,7 +126,7 @@ class SharpnessEvaluation(RunEvaluation):
                 raise ValueError(f"{argument}={values!r} must be a list out of {', '.join(allowed)}.")
         if not filename.endswith(".json"):
             raise ValueError(f"filename={filename!r} must end in .json.")
-        check_positive(samples=1 if samples is None else samples, batch_size=batch_size)
+        check_above(0, samples=1 if samples is None else samples, batch_size=batch_size)
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.metrics, self.accuracy, self.stages = tuple(metrics), tuple(accuracy), tuple(stages)
         self.loss, self.filename, self.loaders = loss, filename, loaders

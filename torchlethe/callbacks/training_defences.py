@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.components import eval_mode, frozen_statistics
 from torchlethe.data import PADDING_LABEL, model_input
 from torchlethe.data.batches import IMAGE_KEYS
@@ -93,9 +94,7 @@ class AdversarialTraining(BatchDefence):
 
     def __init__(self, epsilon: float = 8.0, step_size: float = 2.0, steps: int = 10, seed: int = 0) -> None:
         super().__init__(seed)
-        for name, value in (("epsilon", epsilon), ("step_size", step_size), ("steps", steps)):
-            if value <= 0:
-                raise ValueError(f"{name} is {value}, but must be positive.")
+        check_above(0, epsilon=epsilon, step_size=step_size, steps=steps)
         self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
 
     def replace(
@@ -146,8 +145,8 @@ class UEraser(BatchDefence):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        if samples < 1 or epochs < 0:
-            raise ValueError(f"samples is {samples} and epochs {epochs}, but must be at least 1 and 0.")
+        check_at_least(1, samples=samples)
+        check_at_least(0, epochs=epochs)
         self.samples, self.epochs = samples, epochs
         self.augmentation = augmentation if augmentation is not None else ErasingAugmentation()
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.callbacks.evaluation_passes import check_loaders, check_weights, collect_outputs
 from torchlethe.callbacks.evaluation_record import OTHERS, describe_run, publish, split_hash, write_evaluation
 from torchlethe.callbacks.evaluation_reference import (
@@ -134,8 +135,7 @@ class UnlearningEvaluation(RunEvaluation):
                 raise ValueError(f"{argument}={values!r} must be a list out of {', '.join(allowed)}.")
         if not filename.endswith(".json"):
             raise ValueError(f"filename={filename!r} must end in .json.")
-        if svc_mode not in ("auto", "fast", "exact"):
-            raise ValueError(f"svc_mode={svc_mode!r} is unknown, allowed are auto, fast, exact.")
+        check_choice(("auto", "fast", "exact"), svc_mode=svc_mode)
         self.reference = Path(reference) if reference is not None else None
         self.original = Path(original) if original is not None else None
         self.before = before

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.callbacks.run_folder import run_folder
 from torchlethe.components.distributed import all_reduce_sum
 from torchlethe.components.originals import tensors_hash
@@ -45,8 +46,7 @@ class UpdateLog(Callback):
         folder: str | Path | None = None,
         dtype: Literal["bfloat16", "float32", "native"] = "bfloat16",
     ) -> None:
-        if dtype not in ("bfloat16", "float32", "native"):
-            raise ValueError(f"dtype is '{dtype}', allowed are bfloat16, float32 and native.")
+        check_choice(("bfloat16", "float32", "native"), dtype=dtype)
         if isinstance(candidates, list) and (not candidates or min(candidates) < 0):
             raise ValueError(f"candidates has {len(candidates)} indices, it needs at least one and none below 0.")
         self.candidates, self.folder, self.dtype = candidates, folder, dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_within
 from torchlethe.components.distributed import all_reduce_sum, world_size
 from torchlethe.functional.forgetting import forget_coefficients
 
@@ -32,10 +33,8 @@ class AdaptiveForgetLoss(nn.Module):
 
     def __init__(self, lam: float = 0.5, floor: float = 1e-6) -> None:
         super().__init__()
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam is {lam}, it must lie in [0, 1].")
-        if floor < 0:
-            raise ValueError(f"floor is {floor}, it must be at least 0.")
+        check_within(0, 1, lam=lam)
+        check_at_least(0, floor=floor)
         self.lam = lam
         self.floor = floor
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least, check_choice, check_within
 from torchlethe.data.hashing import generator_for
 from torchlethe.functional.perturbation import (
     Tensors,
@@ -125,10 +126,10 @@ class FriendlyRule(AscentRule):
     buffer: ClassVar[str | None] = "ema"
 
     def __post_init__(self) -> None:
-        _check("sigma", self.sigma, self.sigma >= 0, "at least 0")
-        _check("lmbda", self.lmbda, 0 <= self.lmbda <= 1, "in [0, 1]")
-        _check("min_noise_ratio", self.min_noise_ratio, 0 <= self.min_noise_ratio < 1, "in [0, 1)")
-        _check("order", repr(self.order), self.order in ("code", "paper"), "'code' or 'paper'")
+        check_at_least(0, sigma=self.sigma)
+        check_within(0, 1, lmbda=self.lmbda)
+        check_within(0, 1, "[)", min_noise_ratio=self.min_noise_ratio)
+        check_choice(("code", "paper"), order=self.order)
         self.removed()  # refuses what the paper's order does not allow
 
     def removed(self) -> float:
@@ -169,7 +170,7 @@ class VarianceSuppressedRule(AscentRule):
     buffer: ClassVar[str | None] = "ema"
 
     def __post_init__(self) -> None:
-        _check("theta", self.theta, 0 < self.theta <= 1, "in (0, 1]")
+        check_within(0, 1, "(]", theta=self.theta)
 
     def direction(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
         """Make d = (1 − θ)·m + θ·g; without an average yet, d = g."""
@@ -203,7 +204,7 @@ class SurrogateGapRule(AscentRule):
     keeps_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check("alpha", self.alpha, self.alpha >= 0, "at least 0")
+        check_at_least(0, alpha=self.alpha)
 
     def combine(self, params: Tensors, first: Tensors, second: Tensors, memory: Memory) -> list[Tensor] | None:
         """Make the update g̃ − α·g⊥."""
@@ -226,7 +227,7 @@ class WeightedRule(AscentRule):
     keeps_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma, 0 <= self.gamma < 1, "in [0, 1)")
+        check_within(0, 1, "[)", gamma=self.gamma)
 
     def combine(self, params: Tensors, first: Tensors, second: Tensors, memory: Memory) -> list[Tensor] | None:
         """The coupled update, or g and a correction for after the step."""
@@ -253,7 +254,7 @@ class LookRule(AscentRule):
     buffer: ClassVar[str | None] = "component"
 
     def __post_init__(self) -> None:
-        _check("alpha", self.alpha, self.alpha >= 0, "at least 0")
+        check_at_least(0, alpha=self.alpha)
 
     def combine(self, params: Tensors, first: Tensors, second: Tensors, memory: Memory) -> list[Tensor] | None:
         """Keep the part of g̃ that is orthogonal to g; the update is g̃."""
@@ -280,8 +281,7 @@ class EfficientRule(AscentRule):
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
-        _check("gamma", self.gamma, 0 < self.gamma <= 1, "in (0, 1]")
+        check_within(0, 1, "(]", beta=self.beta, gamma=self.gamma)
 
     def draw(self, count: int, seed: int, step: int) -> list[bool] | None:
         """A coin for each tensor, a pure function of seed and step; at least one tensor is taken."""
@@ -307,7 +307,7 @@ class FullGradientRule(AscentRule):
     buffer: ClassVar[str | None] = "full"
 
     def __post_init__(self) -> None:
-        _check("part", repr(self.part), self.part in ("full", "noise"), "'full' or 'noise'")
+        check_choice(("full", "noise"), part=self.part)
 
     def direction(self, params: Tensors, grads: Tensors, memory: Memory) -> None:
         """Make d = G, or d = g − (⟨g, G⟩/‖G‖²)·G."""
@@ -344,8 +344,7 @@ def ascent_rule(method: str, **options: Any) -> AscentRule:
         >>> ascent_rule("fsam", lmbda=0.6, alpha=None)
         FriendlyRule(sigma=1.0, lmbda=0.6, order='code', min_noise_ratio=0.0)
     """
-    if method not in RULES:
-        raise ValueError(f"method is {method!r}, it must be one of {', '.join(RULES)}.")
+    check_choice(RULES, method=method)
     rule = RULES[method]
     allowed = [field.name for field in fields(rule)]
     given = {name: value for name, value in options.items() if value is not None}
@@ -354,8 +353,3 @@ def ascent_rule(method: str, **options: Any) -> AscentRule:
             options_text = f"its options are {', '.join(allowed)}" if allowed else "it has no options of its own"
             raise ValueError(f"{name} is no option of method={method!r}: {options_text}.")
     return rule(**given)
-
-
-def _check(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} is {value}, it must be {allowed}.")

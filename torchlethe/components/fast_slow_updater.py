@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_within
+
 
 class FastSlowUpdater:
     r"""Pull the weights back towards where they were: :math:`\theta \leftarrow \beta\theta + (1-\beta)\theta_{prev}`.
@@ -28,8 +30,7 @@ class FastSlowUpdater:
     """
 
     def __init__(self, parameters: Iterable[Tensor], beta: float = 1.0) -> None:
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta is {beta}, it must lie in [0, 1].")
+        check_within(0, 1, beta=beta)
         self.beta = beta
         self.parameters = list(parameters)
         self.previous = [p.detach().clone() for p in self.parameters] if beta < 1 else []

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from torchlethe.arguments import check_choice
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many
 from torchlethe.components.modes import eval_mode
 from torchlethe.data import PADDING_LABEL, model_input
@@ -36,8 +37,7 @@ class DiagonalFisher:
     """
 
     def __init__(self, mode: Literal["batch", "sample"] = "batch", chunk_size: int = 64) -> None:
-        if mode not in ("batch", "sample"):
-            raise ValueError(f"mode is '{mode}', allowed are batch and sample.")
+        check_choice(("batch", "sample"), mode=mode)
         self.mode = mode
         self.chunk_size = chunk_size
 

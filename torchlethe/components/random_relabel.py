@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.data import mix_seed, random_bits
 
 
@@ -37,10 +38,8 @@ class RandomRelabel:
     def __init__(
         self, labels: Literal["all", "other"] = "all", redraw: Literal["epoch", "once"] = "epoch", seed: int = 0
     ) -> None:
-        if labels not in ("all", "other"):
-            raise ValueError(f"labels is '{labels}', allowed are all and other.")
-        if redraw not in ("epoch", "once"):
-            raise ValueError(f"redraw is '{redraw}', allowed are epoch and once.")
+        check_choice(("all", "other"), labels=labels)
+        check_choice(("epoch", "once"), redraw=redraw)
         self.labels, self.redraw, self.seed = labels, redraw, seed
 
     def __call__(self, batch: dict[str, Any], num_classes: int, k: int) -> Tensor:

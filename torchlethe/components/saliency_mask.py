@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchlethe.arguments import check_at_least, check_within
 from torchlethe.functional.forgetting import saliency_ratio
 
 
@@ -46,8 +47,7 @@ class SaliencyMask:
         Raises:
             ValueError: ``gamma`` is negative.
         """
-        if not gamma >= 0:
-            raise ValueError(f"gamma is {gamma}, it must be at least 0.")
+        check_at_least(0, gamma=gamma)
         return cls(
             {
                 name: (saliency_ratio(value, remain_fisher[name]) >= gamma).to(value.dtype)
@@ -69,8 +69,7 @@ class SaliencyMask:
         Raises:
             ValueError: the fraction is out of range.
         """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction is {fraction}, it must lie in [0, 1].")
+        check_within(0, 1, fraction=fraction)
         flat = torch.cat([value.flatten() for value in scores.values()])
         kept = torch.zeros_like(flat)
         kept[flat.argsort(descending=True, stable=True)[: int(fraction * flat.numel())]] = 1

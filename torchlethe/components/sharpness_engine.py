@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.components.ascent_rules import AscentRule, EfficientRule, FriendlyRule, Memory, ascent_rule
 from torchlethe.functional.perturbation import (
     Adaptive,
@@ -91,21 +92,11 @@ class SharpnessEngine:
             raise ValueError(
                 f"rho is {rho}, it must be a positive number (for no perturbation use the base optimizer)."
             )
-        for name, value, least in (
-            ("eta", eta, 0),
-            ("interval", interval, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("rho_end", rho_end, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}, it must be at least {least}.")
-        for name, text, allowed in (
-            ("adaptive", self.adaptive, (None, "w2", "eta")),
-            ("norm", norm, ("global", "layerwise")),
-            ("rho_schedule", rho_schedule, ("constant", "linear", "lr")),
-        ):
-            if text not in allowed:
-                raise ValueError(f"{name} is {text!r}, it must be one of {', '.join(map(str, allowed))}.")
+        check_at_least(0, eta=eta, warmup_steps=warmup_steps, rho_end=rho_end)
+        check_at_least(1, interval=interval)
+        check_choice((None, "w2", "eta"), adaptive=self.adaptive)
+        check_choice(("global", "layerwise"), norm=norm)
+        check_choice(("constant", "linear", "lr"), rho_schedule=rho_schedule)
         self.rho, self.eta, self.norm, self.interval, self.warmup_steps = rho, eta, norm, interval, warmup_steps
         self.rho_schedule, self.rho_end, self.seed = rho_schedule, rho_end, seed
         self.total_steps: int | None = None

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_choice
 from torchlethe.functional.universal import perturbed, project
 
 Init = Literal["uniform", "sign", "zero"]
@@ -70,8 +71,7 @@ class UniversalNoise(nn.Module):
     ) -> None:
         super().__init__()
         check_ball(xi, p)
-        if init not in ("uniform", "sign", "zero"):
-            raise ValueError(f"init is {init!r}, allowed are uniform, sign and zero.")
+        check_choice(("uniform", "sign", "zero"), init=init)
         self.xi, self.p, self.clamp = xi, p, clamp
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(1, *shape, generator=generator, dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchlethe.arguments import check_within
 from torchlethe.data.hashing import random_bits
 
 
@@ -53,10 +54,8 @@ class Augmentation:
         for name, value in (("crop", crop), ("cutout", cutout), ("rand_augment", rand_augment)):
             if value < 0:
                 raise ValueError(f"{name} is {value}, but must be 0 (off) or positive.")
-        if not 0 <= magnitude <= 30:
-            raise ValueError(f"magnitude is {magnitude}, but must lie in 0…30.")
-        if not 0 <= cutout_probability <= 1:
-            raise ValueError(f"cutout_probability is {cutout_probability}, but must lie in [0, 1].")
+        check_within(0, 30, magnitude=magnitude)
+        check_within(0, 1, cutout_probability=cutout_probability)
         self.cutout_value = [cutout_value] if isinstance(cutout_value, int | float) else list(cutout_value)
         if not all(0 <= value <= 1 for value in self.cutout_value):
             raise ValueError(f"cutout_value is {cutout_value}, but pixels lie in [0, 1].")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
+from torchlethe.arguments import check_above, check_within
 from torchlethe.data.augmentation import Augmentation
 
 
@@ -73,8 +74,7 @@ class BitDepth(Defence):
 
     def __init__(self, bits: int = 2) -> None:
         super().__init__()
-        if not 1 <= bits <= 8:
-            raise ValueError(f"bits is {bits}, but must lie in 1…8.")
+        check_within(1, 8, bits=bits)
         self.bits = bits
 
     def __repr__(self) -> str:
@@ -97,8 +97,7 @@ class Blur(Defence):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}, but must be odd and positive.")
-        if sigma <= 0:
-            raise ValueError(f"sigma is {sigma}, but must be positive.")
+        check_above(0, sigma=sigma)
         self.kernel_size, self.sigma = kernel_size, sigma
 
     def __repr__(self) -> str:
@@ -118,8 +117,7 @@ class JPEG(Defence):
 
     def __init__(self, quality: int = 10) -> None:
         super().__init__()
-        if not 1 <= quality <= 95:
-            raise ValueError(f"quality is {quality}, but must lie in 1…95.")
+        check_within(1, 95, quality=quality)
         self.quality = quality
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchlethe.arguments import check_within
 from torchlethe.data.hashing import mix_seed, random_bits
 
 
@@ -79,8 +80,7 @@ class ErasingAugmentation:
             raise ValueError(f"roughness is {roughness}, but must be a range in (0, 1).")
         if not 0 <= intensity[0] <= intensity[1] <= 1:
             raise ValueError(f"intensity is {intensity}, but must be a range in [0, 1].")
-        if not 0 <= probability <= 1:
-            raise ValueError(f"probability is {probability}, but must lie in [0, 1].")
+        check_within(0, 1, probability=probability)
         self.roughness, self.intensity, self.probability, self.trivial = roughness, intensity, probability, trivial
         self._policy: Any = None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from torchlethe.arguments import check_within
 from torchlethe.data.hashing import generator_for
 from torchlethe.data.images import ImageDataset
 
@@ -140,8 +141,7 @@ class ForgetFraction(ForgetRequest):
     """
 
     def __init__(self, fraction: float, seed: int = 0) -> None:
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction is {fraction}, but must lie between 0 and 1 (both excluded).")
+        check_within(0, 1, "()", fraction=fraction)
         self.fraction, self.seed = fraction, seed
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from torchlethe.arguments import check_at_least, check_within
 from torchlethe.data.hashing import generator_for
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.loaders import PositionedLoader
@@ -48,10 +49,8 @@ class Hybrids(Feed):
         remain_fraction: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if count < 1:
-            raise ValueError(f"n_hybrids is {count}, it must be at least 1.")
-        if not 0 < remain_fraction <= 1:
-            raise ValueError(f"remain_fraction is {remain_fraction}, it must lie in (0, 1].")
+        check_at_least(1, n_hybrids=count)
+        check_within(0, 1, "(]", remain_fraction=remain_fraction)
         if not -1 <= delta <= 1:
             raise ValueError(f"delta is {delta}, it must lie in [-1, 1]: beyond, a hybrid is one of its two images.")
         hybrid_masks(delta, 2, kind=mask)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from torchlethe.arguments import check_choice
 from torchlethe.data.hashing import generator_for
 
 
@@ -90,8 +91,7 @@ class AsymmetricNoise(LabelNoise):
         draw: Literal["hash", "fsam"] = "hash",
     ) -> None:
         super().__init__(fraction, seed)
-        if draw not in ("hash", "fsam"):
-            raise ValueError(f"draw is {draw!r}, but must be 'hash' or 'fsam'.")
+        check_choice(("hash", "fsam"), draw=draw)
         self.draw = draw
         self.pairs = None if pairs is None else {int(key): int(value) for key, value in pairs.items()}
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data.samplers import PositionedSampler, RoleSampler
 
 
@@ -64,8 +65,8 @@ class PositionedLoader(DataLoader[Any]):
     ) -> None:
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError("dataset is empty, but a loader needs at least one sample.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
+        if batch_size is not None:
+            check_at_least(1, batch_size=batch_size)
         kwargs.setdefault("collate_fn", identity)
         if batch_sampler is not None:
             super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)

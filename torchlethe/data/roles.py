@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.data.samplers import RoleSampler
 
@@ -69,8 +70,7 @@ class Single(Feed):
     augment: bool = True
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role is {self.role!r}, but must be one of {', '.join(ROLES)}.")
+        check_choice(ROLES, role=self.role)
 
     @property
     def roles(self) -> frozenset[str]:
@@ -106,10 +106,9 @@ class Interleaved(Feed):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}, but must be at least 1.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, but must be at least 1.")
+        check_at_least(1, every=self.every)
+        if self.steps is not None:
+            check_at_least(1, steps=self.steps)
 
     @override
     def length(self, batches: Mapping[str, int]) -> int:
@@ -248,8 +247,7 @@ class RoleLoader(PositionedLoader):
         if missing := [role for role in sorted(feed.roles) if role not in named or not len(named[role])]:  # type: ignore[arg-type]
             raise ValueError(f"datasets has no samples for the role {missing[0]!r}, but {feed} reads it.")
         for size in [batch_size] if isinstance(batch_size, int) else batch_size.values():
-            if size < 1:
-                raise ValueError(f"batch_size is {size}, but must be at least 1.")
+            check_at_least(1, batch_size=size)
         # Lightning may re-create a loader with another sampler (`overfit_batches`); the order of roles is the feed's.
         for injected in ("sampler", "batch_sampler", "shuffle", "drop_last"):
             kwargs.pop(injected, None)

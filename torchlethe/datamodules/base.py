@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data.augmentation import Augmentation
 from torchlethe.data.batches import as_batch, unit_range
 from torchlethe.data.images import ImageDataset
@@ -85,13 +86,8 @@ class ImageDataModule(LightningDataModule):
         input_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("input_size", input_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "input_size": input_size}
+        check_at_least(1, **{name: size for name, size in sizes.items() if size is not None})
         if validation < 0 or (validation >= 1 and validation != int(validation)):
             raise ValueError(f"validation is {validation}, but must be a share below 1 or a whole number of samples.")
         if isinstance(augmentation, str) and augmentation != "default":

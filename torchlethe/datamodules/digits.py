@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from typing_extensions import override
 
+from torchlethe.arguments import check_choice
 from torchlethe.data.images import InMemoryImages
 from torchlethe.data.splits import stratified
 from torchlethe.datamodules.base import ImageDataModule, Split
@@ -51,10 +52,8 @@ class DigitsDataModule(ImageDataModule):
         self, image_size: Literal[8, 32] = 8, channels: Literal[1, 3] = 1, test_size: int = 597, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if image_size not in (8, 32):
-            raise ValueError(f"image_size is {image_size}, but must be 8 or 32.")
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}, but must be 1 or 3.")
+        check_choice((8, 32), image_size=image_size)
+        check_choice((1, 3), channels=channels)
         if not 0 < test_size < 1797:
             raise ValueError(f"test_size is {test_size}, but must lie between 1 and 1796.")
         self.image_size, self.channels, self.test_size = image_size, channels, test_size

@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data.augmentation import Augmentation
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.streaming import ImageFiles
@@ -42,8 +43,7 @@ class ImageFolderDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}, but must be at least 1.")
+        check_at_least(1, image_size=image_size)
         self.root, self.train_folder = Path(root).expanduser(), train_folder
         self.test_folder = test_folder or ("test" if (self.root / "test").is_dir() else "val")
         self.image_size, self.resize = image_size, resize if resize is not None else image_size * 8 // 7

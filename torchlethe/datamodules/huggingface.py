@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from torchlethe.arguments import check_within
 from torchlethe.data.augmentation import Augmentation
 from torchlethe.data.images import ImageDataset
 from torchlethe.data.splits import stratified
@@ -181,8 +182,7 @@ class HuggingFaceDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 < test_size < 1:
-            raise ValueError(f"test_size is {test_size}, but must lie between 0 and 1 (both excluded).")
+        check_within(0, 1, "()", test_size=test_size)
         self.path, self.name, self.train_split, self.test_split = path, name, train_split, test_split
         self.test_size, self.in_memory, self.cache_dir = test_size, in_memory, cache_dir
         self._columns = (image_column, label_column, image_size, resize, channels)

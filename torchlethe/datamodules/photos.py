@@ -11,6 +11,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from typing_extensions import override
 
+from torchlethe.arguments import check_choice, check_within
 from torchlethe.data.images import InMemoryImages
 from torchlethe.datamodules.base import ImageDataModule, Split
 
@@ -49,10 +50,8 @@ class PhotoPatchesDataModule(ImageDataModule):
 
     def __init__(self, image_size: int = 32, channels: Literal[1, 3] = 3, count: int = 5000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 1 <= image_size <= _LARGEST:
-            raise ValueError(f"image_size is {image_size}, but must lie between 1 and {_LARGEST}.")
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}, but must be 1 or 3.")
+        check_within(1, _LARGEST, image_size=image_size)
+        check_choice((1, 3), channels=channels)
         if count < 2 or count % 2:
             raise ValueError(f"count is {count}, but must be an even number of at least 2.")
         self.image_size, self.channels, self.count = image_size, channels, count

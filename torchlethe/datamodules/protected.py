@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
+from torchlethe.arguments import check_choice, check_within
 from torchlethe.data.defences import Defence
 from torchlethe.data.forget import ForgetIndices
 from torchlethe.data.images import ImageDataset, InMemoryImages
@@ -168,10 +169,8 @@ class ProtectedDataModule(_Wrapping):
         defences: list[Defence] | None = None,
     ) -> None:
         super().__init__(data)
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio is {ratio}, but must lie in (0, 1].")
-        if part not in ("all", "clean", "protected"):
-            raise ValueError(f"part is {part!r}, but must be 'all', 'clean' or 'protected'.")
+        check_within(0, 1, "(]", ratio=ratio)
+        check_choice(("all", "clean", "protected"), part=part)
         self.protected, self.ratio, self.ratio_seed, self.part = protected, ratio, ratio_seed, part
         self.chosen_classes, self.chosen_indices = classes, indices
         self.defences = list(defences or ())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.data.hashing import generator_for
 from torchlethe.data.images import InMemoryImages
 from torchlethe.data.loaders import PositionedLoader
@@ -41,10 +42,8 @@ class ProxyImages(LightningDataModule):
         self, data: ImageDataModule, kind: Literal["jigsaw", "gaussian"] = "jigsaw", count: int = 2000, seed: int = 0
     ) -> None:
         super().__init__()
-        if kind not in ("jigsaw", "gaussian"):
-            raise ValueError(f"kind is {kind!r}, allowed are jigsaw and gaussian.")
-        if count < 1:
-            raise ValueError(f"count is {count}, it must be at least 1.")
+        check_choice(("jigsaw", "gaussian"), kind=kind)
+        check_at_least(1, count=count)
         self.data, self.kind, self.count, self.seed = data, kind, count, seed
         self.train_set: InMemoryImages | None = None
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data.batches import IMAGE_KEYS, as_batch, unit_range
 from torchlethe.data.forget import ForgetIndices, ForgetRequest, ForgetSplit
 from torchlethe.data.images import ImageDataset
@@ -59,8 +60,8 @@ class UnlearningDataModule(LightningDataModule):
     def __init__(
         self, data: LightningDataModule, forget: ForgetRequest, seed: int = 0, batch_size: int | None = None
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
+        if batch_size is not None:
+            check_at_least(1, batch_size=batch_size)
         self.data = data
         super().__init__()
         self.request, self.seed, self._batch_size = forget, seed, batch_size

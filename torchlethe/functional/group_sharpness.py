@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from torchlethe.functional.mean_loss import Batches, Loss, MeanLoss, Reduce, check_positive, wide_zero
+from torchlethe.arguments import check_above, check_at_least, check_choice
+from torchlethe.functional.mean_loss import Batches, Loss, MeanLoss, Reduce, wide_zero
 from torchlethe.functional.perturbation import Adaptive, adaptive_scale, total_norm
 
 
@@ -155,8 +156,6 @@ def check_climb(rho: float, m: int | None, adaptive: str | None, eta: float = 0.
     Raises:
         ValueError: ``rho`` or ``m`` is not above 0, ``eta`` below 0, or ``adaptive`` unknown.
     """
-    check_positive(rho=rho, m=1 if m is None else m)
-    if adaptive not in (None, "w2", "eta"):
-        raise ValueError(f"adaptive={adaptive!r} is unknown, allowed are 'w2', 'eta' and None.")
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta}, it must be at least 0.")
+    check_above(0, rho=rho, m=1 if m is None else m)
+    check_choice((None, "w2", "eta"), adaptive=adaptive)
+    check_at_least(0, eta=eta)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchlethe.functional.mean_loss import Batches, Loss, MeanLoss, Reduce, check_positive, widest
+from torchlethe.arguments import check_above
+from torchlethe.functional.mean_loss import Batches, Loss, MeanLoss, Reduce, widest
 
 
 class Eigenvalues(NamedTuple):
@@ -82,7 +83,7 @@ def top_eigenvalues(
         >>> [round(value, 6) for value in found.values.tolist()]
         [1.0, 0.5]
     """
-    check_positive(tolerance=tolerance, max_sweeps=max_sweeps, k=k)
+    check_above(0, tolerance=tolerance, max_sweeps=max_sweeps, k=k)
     if k > size:
         raise ValueError(f"k={k} eigenvalues are asked for, but there are {size} dimensions.")
     if k > max_sweeps:
@@ -224,7 +225,7 @@ def hessian_trace(
         >>> [value.item() for value in hessian_trace(network, batches, 4, loss=nn.functional.mse_loss)]
         [2.0, 0.0]
     """
-    check_positive(probes=probes, together=together)
+    check_above(0, probes=probes, together=together)
     mean_loss = MeanLoss(network, batches, loss, reduce)
     generator, like, found = torch.Generator().manual_seed(seed), mean_loss.parameters[0], []
     for start in range(0, probes, together):

@@ -187,14 +187,3 @@ def wide_zero(like: Tensor) -> Tensor:
 def _usable(part: Tensor, device: torch.device) -> Tensor:
     moved = part.to(device, non_blocking=True)
     return moved.clone() if moved.is_inference() else moved  # autograd keeps no tensor of inference mode
-
-
-def check_positive(**values: float) -> None:
-    """Refuse arguments that are not above zero.
-
-    Raises:
-        ValueError: a value is zero, negative or NaN.
-    """
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, it must be above 0.")

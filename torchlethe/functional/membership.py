@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_above, check_within
+
 
 class LogisticFit(NamedTuple):
     """Logistic regression on one score: P(member | s) = sigmoid(coefficient · s + intercept)."""
@@ -77,8 +79,7 @@ def fit_logistic(
             f"scores and is_member must be one-dimensional of equal length, got {tuple(scores.shape)} and "
             f"{tuple(is_member.shape)}."
         )
-    if not C > 0:
-        raise ValueError(f"C={C} must be positive.")
+    check_above(0, C=C)
     s, t = scores.detach().double(), is_member.to(scores.device).double()
     members, total = float(t.sum()), float(len(t))
     if not 0 < members < total:
@@ -247,8 +248,7 @@ def indiscernibility(attack_accuracy: float) -> float:
         >>> indiscernibility(0.75)
         0.5
     """
-    if not 0 <= attack_accuracy <= 1:
-        raise ValueError(f"attack_accuracy={attack_accuracy} must lie in 0…1.")
+    check_within(0, 1, attack_accuracy=attack_accuracy)
     return 1.0 - abs(attack_accuracy - 0.5) / 0.5
 
 

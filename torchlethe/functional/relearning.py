@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from torchlethe.arguments import check_at_least
+
 Criterion = Literal["accuracy", "loss"]
 
 
@@ -26,8 +28,7 @@ def relearning_target(original: float, margin: float, criterion: Criterion = "ac
         >>> relearning_target(98.0, 5.0)
         93.0
     """
-    if not margin >= 0:
-        raise ValueError(f"margin={margin} must not be negative.")
+    check_at_least(0, margin=margin)
     return original - margin if criterion == "accuracy" else original + margin
 
 
@@ -67,6 +68,5 @@ def anamnesis_index(steps: float, reference_steps: float) -> float:
         >>> anamnesis_index(30, 40), anamnesis_index(3, 0)
         (0.75, nan)
     """
-    if steps < 0 or reference_steps < 0:
-        raise ValueError(f"relearning times must not be negative, got {steps} and {reference_steps}.")
+    check_at_least(0, steps=steps, reference_steps=reference_steps)
     return steps / reference_steps if reference_steps else math.nan

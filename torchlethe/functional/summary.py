@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from torchlethe.arguments import check_above
+
 AVERAGE_GAP_METRICS = ("forget_accuracy", "remain_accuracy", "test_accuracy", "mia_entropy_logistic")
 TUG_OF_WAR_METRICS = ("forget_accuracy", "remain_accuracy", "test_accuracy")
 TUG_OF_WAR_MIA_METRICS = ("mia_confidence_svc", "remain_accuracy", "test_accuracy")
@@ -107,6 +109,5 @@ def speed_up(seconds: float, retrain_seconds: float) -> float:
         >>> speed_up(30.0, 900.0)
         30.0
     """
-    if not (seconds > 0 and retrain_seconds > 0):
-        raise ValueError(f"seconds and retrain_seconds must be positive, got {seconds} and {retrain_seconds}.")
+    check_above(0, seconds=seconds, retrain_seconds=retrain_seconds)
     return retrain_seconds / seconds

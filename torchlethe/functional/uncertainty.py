@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
+
 PADDING_LABEL = -100
 """Label of a padding duplicate: the ``ignore_index`` of ``cross_entropy`` and what torchmetrics is told to ignore."""
 
@@ -211,21 +213,11 @@ def membership_feature(
     Raises:
         ValueError: a name is unknown or a shape is wrong.
     """
-    check_choice("feature", feature, get_args(Feature))
-    check_choice("m_entropy", m_entropy, get_args(ModifiedEntropy))
+    check_choice(get_args(Feature), feature=feature)
+    check_choice(get_args(ModifiedEntropy), m_entropy=m_entropy)
     if feature == "probabilities":
         return drop_padding(logits, labels)[0].softmax(dim=1)
     if feature == "m_entropy":
         return (modified_entropy if m_entropy == "correct" else modified_entropy_as_published)(logits, labels)
     scores = {"correctness": correctness, "confidence": confidence, "loss": sample_loss, "entropy": entropy}
     return scores[feature](logits, labels)
-
-
-def check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Refuse a value that is not among the allowed ones, in one sentence.
-
-    Raises:
-        ValueError: ``value`` is not in ``allowed``.
-    """
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r} is unknown, allowed are {', '.join(map(repr, allowed))}.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data import PADDING_LABEL, model_input
 from torchlethe.io import load_weights
 from torchlethe.models.layout import channels_last_on_cpu
@@ -40,8 +41,7 @@ class ClassificationModule(LightningModule):
 
     def __init__(self, network: nn.Module, num_classes: int, weights: str | Path | None = None) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}, it must be at least 2.")
+        check_at_least(2, num_classes=num_classes)
         self.save_plain_hyperparameters()
         self.network = network
         self.num_classes = num_classes

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from torchlethe.functional.uncertainty import check_choice, correctness
+from torchlethe.arguments import check_choice
+from torchlethe.functional.uncertainty import correctness
 
 
 class RoleAccuracy(Metric):
@@ -57,7 +58,7 @@ class RoleAccuracy(Metric):
         Raises:
             ValueError: the role is unknown, or a shape or label is wrong.
         """
-        check_choice("role", role, self.roles)
+        check_choice(self.roles, role=role)
         right = correctness(logits.detach(), labels)
         self.hits[self.roles.index(role)] += int(right.sum())
         self.seen[self.roles.index(role)] += right.numel()

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from torchlethe.arguments import check_choice
 from torchlethe.functional import divergence
-from torchlethe.functional.uncertainty import check_choice, confidence, sample_loss
+from torchlethe.functional.uncertainty import confidence, sample_loss
 from torchlethe.metrics.pairs import MeanOverPairs
 
 
@@ -37,7 +38,7 @@ class DivergenceToReference(MeanOverPairs):
 
     def __init__(self, kind: Literal["kl", "js"] = "kl", eps: float = 1e-20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice("kind", kind, ("kl", "js"))
+        check_choice(("kl", "js"), kind=kind)
         self.kind = kind
         self.eps = eps
 
@@ -107,7 +108,7 @@ class Wasserstein1(Metric):
 
     def __init__(self, feature: Literal["confidence", "loss"] = "confidence", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice("feature", feature, get_args(Literal["confidence", "loss"]))
+        check_choice(get_args(Literal["confidence", "loss"]), feature=feature)
         self.feature = feature
         self.add_state("scores", default=[], dist_reduce_fx="cat")
         self.add_state("reference_scores", default=[], dist_reduce_fx="cat")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.functional.membership import (
     class_thresholds,
     fraction,
@@ -20,7 +21,7 @@ from torchlethe.functional.membership import (
     logistic_membership,
     threshold_membership,
 )
-from torchlethe.functional.uncertainty import Feature, ModifiedEntropy, check_choice, membership_feature, sample_loss
+from torchlethe.functional.uncertainty import Feature, ModifiedEntropy, membership_feature, sample_loss
 from torchlethe.metrics.roles import RoleLogits
 from torchlethe.metrics.support_vectors import (
     GRID,
@@ -75,8 +76,8 @@ class _FeatureMetric(RoleLogits):
     def __init__(self, feature: Feature, m_entropy: ModifiedEntropy = "correct", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         allowed = tuple(name for name in get_args(Feature) if self.vectors or name != "probabilities")
-        check_choice("feature", feature, allowed)
-        check_choice("m_entropy", m_entropy, get_args(ModifiedEntropy))
+        check_choice(allowed, feature=feature)
+        check_choice(get_args(ModifiedEntropy), m_entropy=m_entropy)
         self.feature: Feature = feature
         self.m_entropy: ModifiedEntropy = m_entropy
 
@@ -175,8 +176,8 @@ class MembershipSVC(_FeatureMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(feature, m_entropy, **kwargs)
-        check_choice("mode", mode, get_args(SVCMode))
-        check_choice("selection", selection, get_args(Selection))
+        check_choice(get_args(SVCMode), mode=mode)
+        check_choice(get_args(Selection), selection=selection)
         if mode == "fast" and feature == "probabilities":
             raise ValueError("mode='fast' merges scalar features only: use mode='exact' with feature='probabilities'.")
         self.mode: SVCMode = mode
@@ -288,7 +289,7 @@ class SimpleMembership(RoleLogits):
 
     def __init__(self, splits: int = 10, seed: int = 123, selection: Selection = "seeded", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice("selection", selection, get_args(Selection))
+        check_choice(get_args(Selection), selection=selection)
         self.splits = splits
         self.seed = seed
         self.selection: Selection = selection

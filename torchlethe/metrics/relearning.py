@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from torchlethe.arguments import check_at_least, check_choice, check_within
 from torchlethe.data.hashing import generator_for
 from torchlethe.functional.relearning import Criterion, has_relearned
 
@@ -44,17 +45,12 @@ class RelearningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.criterion not in ("accuracy", "loss"):
-            raise ValueError(f"relearning.criterion={self.criterion!r} is unknown, allowed are accuracy, loss.")
-        for name in ("batch_size", "max_steps", "every", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"relearning.{name}={getattr(self, name)} must be at least 1.")
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"relearning.lr={self.lr} must be positive.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"relearning.momentum={self.momentum} must lie in [0, 1).")
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"relearning.margin={self.margin} must not be negative.")
+        check_choice(("accuracy", "loss"), **{"relearning.criterion": self.criterion})
+        counts = ("batch_size", "max_steps", "every", "samples")
+        check_at_least(1, **{f"relearning.{name}": getattr(self, name) for name in counts})
+        check_within(0, math.inf, "()", **{"relearning.lr": self.lr})
+        check_within(0, 1, "[)", **{"relearning.momentum": self.momentum})
+        check_within(0, math.inf, "[)", **{"relearning.margin": self.margin})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from torchlethe.functional.uncertainty import PADDING_LABEL, check_choice, drop_padding
+from torchlethe.arguments import check_choice
+from torchlethe.functional.uncertainty import PADDING_LABEL, drop_padding
 
 
 class RoleLogits(Metric):
@@ -46,7 +47,7 @@ class RoleLogits(Metric):
         Raises:
             ValueError: the role is unknown, or a shape or label is wrong.
         """
-        check_choice("role", role, self.roles)
+        check_choice(self.roles, role=role)
         kept_logits, kept_labels = drop_padding(logits.detach(), labels)
         if index is None:
             kept_index = kept_labels.new_full(kept_labels.shape, -1)

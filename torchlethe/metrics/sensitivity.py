@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.functional.sensitivity import input_sensitivity
 from torchlethe.functional.uncertainty import PADDING_LABEL
 from torchlethe.metrics.sharpness import _Borrowed
@@ -63,10 +64,8 @@ class InputSensitivity(Metric):
     ) -> None:
         if not isinstance(network, nn.Module):
             raise ValueError(f"network is a {type(network).__name__}, it must be a torch.nn.Module.")
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}, it must be at least 2.")
-        if logit not in ("label", "other", "predicted"):
-            raise ValueError(f"logit is '{logit}', allowed are label, other and predicted.")
+        check_at_least(2, num_classes=num_classes)
+        check_choice(("label", "other", "predicted"), logit=logit)
         super().__init__(**kwargs)
         self._borrowed = _Borrowed(network, None)
         self.num_classes, self.logit, self.per_class = num_classes, logit, per_class

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torchmetrics import Metric
 
+from torchlethe.arguments import check_above
 from torchlethe.functional.group_sharpness import Adaptive, check_climb, m_sharpness
 from torchlethe.functional.hessian import Eigenvalues, TraceEstimate, hessian_top_eigenvalues, hessian_trace
-from torchlethe.functional.mean_loss import Loss, check_positive
+from torchlethe.functional.mean_loss import Loss
 from torchlethe.functional.uncertainty import PADDING_LABEL
 
 
@@ -141,7 +142,7 @@ class HessianTopEigenvalue(SharpnessMetric):
         loss: Loss | None = None,
         **kwargs: Any,
     ) -> None:
-        check_positive(k=k, tolerance=tolerance, max_sweeps=max_sweeps)
+        check_above(0, k=k, tolerance=tolerance, max_sweeps=max_sweeps)
         super().__init__(network, loss, **kwargs)
         self.settings: dict[str, Any] = {"k": k, "tolerance": tolerance, "max_sweeps": max_sweeps, "seed": seed}
         self.found: Eigenvalues | None = None
@@ -191,7 +192,7 @@ class HessianTrace(SharpnessMetric):
         loss: Loss | None = None,
         **kwargs: Any,
     ) -> None:
-        check_positive(probes=probes, together=together)
+        check_above(0, probes=probes, together=together)
         super().__init__(network, loss, **kwargs)
         self.settings: dict[str, Any] = {"probes": probes, "together": together, "seed": seed}
         self.found: TraceEstimate | None = None

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from torchlethe.arguments import check_choice
 from torchlethe.functional.summary import AVERAGE_GAP_METRICS, TUG_OF_WAR_METRICS, average_gap, tug_of_war
-from torchlethe.functional.uncertainty import check_choice
 
 
 class _OverRuns(Metric):
@@ -25,7 +25,7 @@ class _OverRuns(Metric):
 
     def __init__(self, names: Sequence[str], over: Literal["runs", "means"] = "runs", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice("over", over, ("runs", "means"))
+        check_choice(("runs", "means"), over=over)
         if not names:
             raise ValueError("names is empty: give at least one metric to compare with the reference.")
         self.names = tuple(names)

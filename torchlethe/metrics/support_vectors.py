@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.functional.membership import fit_logistic
-from torchlethe.functional.uncertainty import check_choice
 
 SVCMode = Literal["auto", "fast", "exact"]
 Selection = Literal["seeded", "first"]
@@ -37,7 +37,7 @@ def choose_rows(available: int, count: int, *, selection: Selection = "seeded", 
         >>> choose_rows(5, 3, selection="first")
         tensor([0, 1, 2])
     """
-    check_choice("selection", selection, get_args(Selection))
+    check_choice(get_args(Selection), selection=selection)
     if count >= available or selection == "first":
         return torch.arange(min(count, available))
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -80,7 +80,7 @@ def svc_membership(
     """
     from sklearn.svm import SVC  # half a second of import that only this needs
 
-    check_choice("mode", mode, get_args(SVCMode))
+    check_choice(get_args(SVCMode), mode=mode)
     arrays = []
     for name, features in (("members", members), ("non_members", non_members), ("targets", targets)):
         if features.ndim not in (1, 2) or not len(features) or not bool(features.isfinite().all()):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from torchlethe.arguments import check_at_least
 from torchlethe.functional import neural_collapse as nc
 from torchlethe.functional.uncertainty import PADDING_LABEL
 
@@ -221,8 +222,7 @@ class NeuralCollapse(Metric):
 
     def __init__(self, num_classes: int, nearest: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}, it must be at least 2.")
+        check_at_least(2, num_classes=num_classes)
         self.num_classes, self.nearest = num_classes, nearest
         self.head: Tensor | None = None
         # the width is known with the first batch

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchlethe.arguments import check_within
 from torchlethe.models.base import FeatureNetwork, conv1x1, conv3x3, global_average
 from torchlethe.models.checks import check_count
 
@@ -64,8 +65,7 @@ class DenseNet(FeatureNetwork):
         super().__init__(num_classes, in_channels, minimum_size=8)
         if len(blocks) != 4 or min(blocks) < 1:
             raise ValueError(f"blocks must be four positive integers, one for each stage, got {list(blocks)}.")
-        if not 0 < compression <= 1:
-            raise ValueError(f"compression must lie in (0, 1], got {compression}.")
+        check_within(0, 1, "(]", compression=compression)
         width = 2 * check_count("growth", growth)
         self.conv1 = conv3x3(in_channels, width)
         dense, transitions = [], []

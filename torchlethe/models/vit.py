@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchlethe.arguments import check_within
 from torchlethe.models.base import FeatureNetwork
 from torchlethe.models.checks import check_count
 
@@ -86,8 +87,7 @@ class VisionTransformer(FeatureNetwork):
             raise ValueError(f"patch_size must divide image_size, got {patch_size} and {image_size}.")
         if check_count("width", width) % check_count("heads", heads):
             raise ValueError(f"heads must divide width, got {heads} and {width}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
+        check_within(0, 1, "[)", dropout=dropout)
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, width))

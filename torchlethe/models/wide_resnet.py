@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchlethe.arguments import check_within
 from torchlethe.models.base import FeatureNetwork, conv1x1, conv3x3, global_average, kaiming_convolutions
 from torchlethe.models.checks import check_count
 
@@ -53,8 +54,7 @@ class WideResNet(FeatureNetwork):
         super().__init__(num_classes, in_channels)
         if check_count("depth", depth) < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4 for a positive integer n (10, 16, 22, 28 …), got {depth}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
+        check_within(0, 1, "[)", dropout=dropout)
         width = 16 * check_count("widen", widen)
         blocks = (depth - 4) // 6
         self.conv1 = conv3x3(in_channels, 16)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchlethe.arguments import check_choice
 from torchlethe.components import SharpnessEngine
 from torchlethe.optimizers import two_pass
 
@@ -54,8 +55,7 @@ class SharpnessAwareOptimizer(Optimizer):
         closure_style: Literal["full", "official"] = "full",
         **base_arguments: Any,
     ) -> None:
-        if closure_style not in ("full", "official"):
-            raise ValueError(f"closure_style is {closure_style!r}, it must be 'full' or 'official'.")
+        check_choice(("full", "official"), closure_style=closure_style)
         self.base = base_optimizer(list(params), **base_arguments)
         if isinstance(self.base, SharpnessAwareOptimizer | torch.optim.LBFGS):
             raise ValueError(f"base_optimizer makes a {type(self.base).__name__}, which runs closures of its own.")

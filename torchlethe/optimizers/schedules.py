@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchlethe.arguments import check_above, check_at_least, check_within
+
 
 def warmup_drop_factor(
     step: int, steps: int, warmup: int = 0, drops: Sequence[float] = (0.6, 0.8), factor: float = 0.1
@@ -65,14 +67,12 @@ class WarmupDropLR(LambdaLR):
         drops: Sequence[float] = (0.6, 0.8),
         factor: float = 0.1,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps is {steps}, it must be at least 1.")
+        check_at_least(1, steps=steps)
         if not 0 <= warmup < steps:
             raise ValueError(f"warmup is {warmup}, it must lie in 0…{steps - 1}, below the steps of the run.")
         if bad := [share for share in drops if not 0 < share < 1]:
             raise ValueError(f"drops contains {bad[0]}, shares of the run must lie between 0 and 1.")
-        if not factor > 0:
-            raise ValueError(f"factor is {factor}, it must be above 0.")
+        check_above(0, factor=factor)
         super().__init__(optimizer, lambda step: warmup_drop_factor(step, steps, warmup, drops, factor))
 
 
@@ -107,8 +107,8 @@ class WarmMultiStep(LambdaLR):
     ) -> None:
         if warmup < 0 or list(milestones) != sorted(milestones):
             raise ValueError(f"warmup is {warmup} and milestones {milestones}, but must be 0 or more, and ascending.")
-        if not 0 <= start <= 1 or gamma <= 0:
-            raise ValueError(f"start is {start} and gamma {gamma}, but must lie in [0, 1], and above 0.")
+        check_within(0, 1, start=start)
+        check_above(0, gamma=gamma)
         self.warmup, self.milestones, self.gamma, self.start = warmup, list(milestones), gamma, start
         super().__init__(optimizer, self._factor)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above
 from torchlethe.components.distributed import all_reduce_sum
 from torchlethe.components.originals import tensors_hash
 from torchlethe.components.sample_gradients import trainable
@@ -37,8 +38,7 @@ class AmnesiacUpdate(WeightEditor):
 
     def __init__(self, log: str | Path, scale: float = 1.0) -> None:
         super().__init__("forget")
-        if not scale > 0:
-            raise ValueError(f"scale is {scale}, it must be above 0.")
+        check_above(0, scale=scale)
         self.archive = UpdateArchive(log)
         self.scale = scale
         self.chosen: list[Path] = []

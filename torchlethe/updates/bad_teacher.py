@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
+from torchlethe.arguments import check_above, check_choice, check_within
 from torchlethe.components.originals import matched, randomised_copy
 from torchlethe.components.teacher_logits import TeacherLogits
 from torchlethe.data import Joined, PositionedLoader, model_input
@@ -87,17 +88,14 @@ class BadTeacherUpdate(KeepsOriginal, LossUpdate):
         mean: Literal["elements", "samples"] = "elements",
         cache_teacher: bool = False,
     ) -> None:
-        if mean not in ("elements", "samples"):
-            raise ValueError(f"mean is '{mean}', allowed are elements and samples.")
+        check_choice(("elements", "samples"), mean=mean)
         if bn_mode not in ("train", "eval"):
             raise ValueError(
                 f"bn_mode is '{bn_mode}', allowed are train and eval, as batches hold samples of both sets."
             )
         super().__init__(optimizer, bn_mode)
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be above 0.")
-        if not 0 < remain_share <= 1:
-            raise ValueError(f"remain_share is {remain_share}, it must lie in (0, 1].")
+        check_above(0, temperature=temperature)
+        check_within(0, 1, "(]", remain_share=remain_share)
         self.temperature, self.seed, self.mean = temperature, seed, mean
         self.feed = JoinedShare(remain_share, seed)
         self.incompetent: nn.Module | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_choice
 from torchlethe.components.modes import batch_norm_in_eval
 from torchlethe.data import Feed, model_input
 
@@ -138,8 +139,7 @@ class LossUpdate(UpdateRule):
     """
 
     def __init__(self, optimizer: OptimizerFactory = default_optimizer, bn_mode: BatchNormMode = "train") -> None:
-        if bn_mode not in ("train", "eval", "remain"):
-            raise ValueError(f"bn_mode is '{bn_mode}', allowed are train, eval and remain.")
+        check_choice(("train", "eval", "remain"), bn_mode=bn_mode)
         self.optimizer = optimizer
         self.bn_mode = bn_mode
         self.length: tuple[int, int] | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_above
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many, world_size
 from torchlethe.data import Single, model_input
 from torchlethe.data.hashing import generator_for
@@ -57,8 +58,7 @@ class BoundaryShrinkUpdate(KeepsOriginal, LossUpdate):
         bn_mode: Literal["train", "eval"] = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not epsilon > 0:
-            raise ValueError(f"epsilon is {epsilon}, it must be above 0.")
+        check_above(0, epsilon=epsilon)
         self.epsilon, self.skip_failed = epsilon, skip_failed
         self.feed = Single("forget")
         self.crossed: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from torchlethe.arguments import check_at_least, check_within
 from torchlethe.components.originals import randomised_copy
 from torchlethe.components.sample_gradients import mean_gradient, trainable
 from torchlethe.data import Feed, PositionedLoader, Single
@@ -133,9 +134,7 @@ class CFWUpdate(DisturbThenRepair):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        for name, value in {"noise": noise, "last_noise": last_noise}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}, it must be at least 0.")
+        check_at_least(0, noise=noise, last_noise=last_noise)
         self.noise, self.last_noise, self.seed = noise, last_noise, seed
 
     def disturb(self, network: nn.Module, loaders: Mapping[str, Iterable[Any]]) -> None:
@@ -210,12 +209,10 @@ class MSGUpdate(DisturbThenRepair):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction is {fraction}, it must lie in [0, 1].")
-        if not kept_gradient >= 0:
-            raise ValueError(f"kept_gradient is {kept_gradient}, it must be at least 0.")
-        if remain_batches is not None and remain_batches < 1:
-            raise ValueError(f"remain_batches is {remain_batches}, it must be at least 1.")
+        check_within(0, 1, fraction=fraction)
+        check_at_least(0, kept_gradient=kept_gradient)
+        if remain_batches is not None:
+            check_at_least(1, remain_batches=remain_batches)
         self.fraction, self.kept_gradient, self.remain_batches, self.seed = (
             fraction,
             kept_gradient,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many
 from torchlethe.components.sample_gradients import (
     expected_squared_gradients,
@@ -63,17 +64,10 @@ class FisherForgettingUpdate(WeightEditor):
         chunk_size: int = 16,
     ) -> None:
         super().__init__("remain")
-        for name, (choice, allowed) in {
-            "variant": (variant, ("fisher_new", "fisher")),
-            "head_rule": (head_rule, ("identified", "as_coded")),
-        }.items():
-            if choice not in allowed:
-                raise ValueError(f"{name} is '{choice}', allowed are {' and '.join(allowed)}.")
-        if not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}, it must be at least 0.")
-        for name, value in {"batch_size": batch_size, "chunk_size": chunk_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
+        check_choice(("fisher_new", "fisher"), variant=variant)
+        check_choice(("identified", "as_coded"), head_rule=head_rule)
+        check_at_least(0, alpha=alpha)
+        check_at_least(1, batch_size=batch_size, chunk_size=chunk_size)
         self.variant, self.alpha, self.batch_size = variant, alpha, batch_size
         self.head_rule, self.reset_classes, self.seed, self.chunk_size = head_rule, reset_classes, seed, chunk_size
         self.information: dict[str, Tensor] = {}

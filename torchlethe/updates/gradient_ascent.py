@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_above, check_at_least, check_within
 from torchlethe.components.originals import frozen_copy
 from torchlethe.data import Interleaved, Single, model_input
 from torchlethe.functional.forget_losses import negative_preference
@@ -56,8 +57,7 @@ class GradientAscentUpdate(LossUpdate):
         self, optimizer: OptimizerFactory = ascent_optimizer, bn_mode: BatchNormMode = "eval", clip: float = 0.1
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not clip > 0:
-            raise ValueError(f"clip is {clip}, it must be above 0.")
+        check_above(0, clip=clip)
         self.clip = clip
         self.feed = Single("forget")
         self.parameters: list[nn.Parameter] = []
@@ -97,8 +97,7 @@ class NegGradPlusUpdate(LossUpdate):
         self, optimizer: OptimizerFactory = plain_sgd, alpha: float = 0.95, bn_mode: BatchNormMode = "train"
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}, it must lie in [0, 1].")
+        check_within(0, 1, alpha=alpha)
         self.alpha = alpha
         self.feed = Interleaved(every=1)
 
@@ -136,10 +135,8 @@ class NPOUpdate(LossUpdate):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not beta > 0:
-            raise ValueError(f"beta is {beta}, it must be above 0.")
-        if not remain_weight >= 0:
-            raise ValueError(f"remain_weight is {remain_weight}, it must be at least 0.")
+        check_above(0, beta=beta)
+        check_at_least(0, remain_weight=remain_weight)
         self.beta, self.remain_weight = beta, remain_weight
         self.feed = Interleaved(every=1)
         self.original: nn.Module | None = None

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above, check_at_least, check_choice
 from torchlethe.components import world_size
 from torchlethe.components.kfac import KroneckerFisher
 from torchlethe.components.sample_gradients import (
@@ -69,15 +70,9 @@ class InfluenceUpdate(WeightEditor):
         seed: int = 0,
     ) -> None:
         super().__init__("forget", "remain")
-        if inverse not in ("as_coded", "true_woodfisher", "cg", "kfac", "none"):
-            raise ValueError(f"inverse is '{inverse}', allowed are as_coded, true_woodfisher, cg, kfac and none.")
-        counts = {"samples": samples, "iterations": iterations, "batches": 1 if batches is None else batches}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        for name, number in {"n0": n0, "damping": damping}.items():
-            if not number > 0:
-                raise ValueError(f"{name} is {number}, it must be above 0.")
+        check_choice(("as_coded", "true_woodfisher", "cg", "kfac", "none"), inverse=inverse)
+        check_at_least(1, samples=samples, iterations=iterations, batches=1 if batches is None else batches)
+        check_above(0, n0=n0, damping=damping)
         self.inverse, self.alpha, self.samples, self.n0 = inverse, alpha, samples, n0
         self.damping, self.iterations, self.batches, self.seed = damping, iterations, batches, seed
         self.direction: list[Tensor] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.data import Single, mix_seed, model_input
 from torchlethe.data.hashing import random_normal
 from torchlethe.functional.forget_losses import lipschitz_ratio
@@ -52,10 +53,8 @@ class JiTUpdate(LossUpdate):
         bn_mode: BatchNormMode = "eval",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if draws < 1:
-            raise ValueError(f"draws is {draws}, it must be at least 1.")
-        if not sigma > 0:
-            raise ValueError(f"sigma is {sigma}, it must be above 0.")
+        check_at_least(1, draws=draws)
+        check_above(0, sigma=sigma)
         self.draws, self.sigma, self.seed = draws, sigma, seed
         self.feed = Single("forget")
 

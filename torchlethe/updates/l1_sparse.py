@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchlethe.arguments import check_at_least
 from torchlethe.data import Single
 from torchlethe.functional.forget_losses import l1_norm, l1_strength
 from torchlethe.updates.base import BatchNormMode, LossUpdate, OptimizerFactory, cross_entropy, default_optimizer
@@ -42,10 +43,7 @@ class L1SparseUpdate(LossUpdate):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}, it must be at least 0.")
-        if no_l1_epochs < 0:
-            raise ValueError(f"no_l1_epochs is {no_l1_epochs}, it must be at least 0.")
+        check_at_least(0, alpha=alpha, no_l1_epochs=no_l1_epochs)
         self.alpha, self.no_l1_epochs = alpha, no_l1_epochs
         self.feed = Single("remain")
         self.parameters: list[nn.Parameter] = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_above, check_at_least, check_choice, check_within
 from torchlethe.components.distributed import all_reduce_sum, all_reduce_sum_many, gather_in_order
 from torchlethe.components.double_backward import DoubleBackward
 from torchlethe.components.forget_samples import ForgetSamples, sample_ids
@@ -91,25 +92,15 @@ class MUMisUpdate(UpdateRule):
         fold_bn: bool = True,
         seed: int = 0,
     ) -> None:
-        counts = {"steps": steps, "monitor_samples": monitor_samples, "n_irrelevant": n_irrelevant}
-        for name, value in (counts | {"monitor_every": 1 if monitor_every is None else monitor_every}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        for name, number in {"rho": 1.0 if rho is None else rho, "delta": delta, "kappa": kappa}.items():
-            if not number > 0:
-                raise ValueError(f"{name} is {number}, it must be above 0.")
-        if not 0 <= min_dip <= 1:
-            raise ValueError(f"min_dip is {min_dip}, it must lie in [0, 1].")
+        check_at_least(1, steps=steps, monitor_samples=monitor_samples, n_irrelevant=n_irrelevant)
+        check_at_least(1, monitor_every=1 if monitor_every is None else monitor_every)
+        check_above(0, rho=1.0 if rho is None else rho, delta=delta, kappa=kappa)
+        check_within(0, 1, min_dip=min_dip)
         if not guard > 1:
             raise ValueError(f"guard is {guard}, it must be above 1, the ratio at the start.")
-        choices = {
-            "weighting": (weighting, ("plain", "hinge")),
-            "irrelevant_sampling": (irrelevant_sampling, ("uniform", "fixed", "top")),
-            "bn_mode": (bn_mode, ("eval", "train")),
-        }
-        for name, (choice, allowed) in choices.items():
-            if choice not in allowed:
-                raise ValueError(f"{name} is '{choice}', allowed are {', '.join(allowed)}.")
+        check_choice(("plain", "hinge"), weighting=weighting)
+        check_choice(("uniform", "fixed", "top"), irrelevant_sampling=irrelevant_sampling)
+        check_choice(("eval", "train"), bn_mode=bn_mode)
         self.steps = steps
         self.rho = rho
         self.optimizer = optimizer

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from torchlethe.arguments import check_choice
 from torchlethe.components import all_reduce_mean, all_reduce_sum, eval_mode, gather_in_order
 from torchlethe.data import Hybrids, ImageDataset, as_batch
 from torchlethe.data.hashing import generator_for
@@ -95,15 +96,10 @@ class NatMUUpdate(LossUpdate):
     ) -> None:
         if collapse_guard is not None and not 0 < collapse_guard <= 100:
             raise ValueError(f"collapse_guard is {collapse_guard}, it must lie in (0, 100] points, or be None.")
-        choices = {
-            "classes": (classes, ("top", "confusion", "random")),
-            "pairing": (pairing, ("deal", "reject", "walk")),
-            "init_linear": (init_linear, ("none", "head", "all")),
-            "lr_schedule": (lr_schedule, ("cosine", "cosine_from_full", "constant")),
-        }
-        for name, (choice, allowed) in choices.items():
-            if choice not in allowed:
-                raise ValueError(f"{name} is '{choice}', allowed are {', '.join(allowed[:-1])} and {allowed[-1]}.")
+        check_choice(("top", "confusion", "random"), classes=classes)
+        check_choice(("deal", "reject", "walk"), pairing=pairing)
+        check_choice(("none", "head", "all"), init_linear=init_linear)
+        check_choice(("cosine", "cosine_from_full", "constant"), lr_schedule=lr_schedule)
         if resample and pairing == "reject":
             raise ValueError("resample is set, but pairing is 'reject': new partners each epoch are dealt.")
         if redistribute and pairing == "walk":

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_choice
 from torchlethe.components import RandomRelabel
 from torchlethe.data import Feed, Joined, Sequential, model_input
 from torchlethe.updates.base import BatchNormMode, LossUpdate, OptimizerFactory, default_optimizer, logits_and_labels
@@ -45,8 +46,7 @@ class RelabelledUpdate(LossUpdate):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, bn_mode)
-        if order not in ("sequential", "joined"):
-            raise ValueError(f"order is '{order}', allowed are sequential and joined.")
+        check_choice(("sequential", "joined"), order=order)
         if order == "joined" and bn_mode == "remain":
             raise ValueError("bn_mode is 'remain', which needs order 'sequential': a joined batch holds both roles.")
         self.feed: Feed = Sequential() if order == "sequential" else Joined()

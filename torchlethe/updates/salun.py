@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from torchlethe.arguments import check_within
 from torchlethe.components import SaliencyMask
 from torchlethe.components.sample_gradients import batch_gradients, zeros_like
 from torchlethe.functional.forget_losses import soft_threshold
@@ -61,8 +62,7 @@ class SalUnUpdate(RelabelledUpdate):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, order, labels, redraw, seed, bn_mode)
-        if not 0 <= mask_fraction <= 1:
-            raise ValueError(f"mask_fraction is {mask_fraction}, it must lie in [0, 1].")
+        check_within(0, 1, mask_fraction=mask_fraction)
         self.mask_fraction = mask_fraction
         self.strict_mask = strict_mask
         self.parameters: dict[str, nn.Parameter] = {}
@@ -162,8 +162,7 @@ class SalUnSoftUpdate(RelabelledUpdate):
         bn_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(optimizer, order, labels, redraw, seed, bn_mode)
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"mask_ratio is {mask_ratio}, it must lie in [0, 1].")
+        check_within(0, 1, mask_ratio=mask_ratio)
         self.mask_ratio = mask_ratio
         self.parameters: list[Tensor] = []
         self.original: list[Tensor] = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
+from torchlethe.arguments import check_above, check_at_least, check_within
 from torchlethe.components.distributed import all_reduce_mean, all_reduce_sum, world_size
 from torchlethe.data import PADDING_LABEL, Feed, PositionedLoader, RoleLoader, model_input
 from torchlethe.functional import scar
@@ -121,16 +122,10 @@ class SCARUpdate(KeepsOriginal, LossUpdate):
         super().__init__(optimizer, bn_mode)
         if bn_mode == "remain":
             raise ValueError("bn_mode is 'remain', allowed are train and eval, as no step sees remaining data.")
-        for name, value in {"forget_weight": forget_weight, "temperature": temperature}.items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, it must be above 0.")
-        for name, value in {"retain_weight": retain_weight, "gamma1": gamma1, "gamma2": gamma2}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}, it must be at least 0.")
-        if not 0 < power <= 1:
-            raise ValueError(f"power is {power}, it must lie in (0, 1].")
-        if not 0 <= stop_accuracy <= 1:
-            raise ValueError(f"stop_accuracy is {stop_accuracy}, it must lie in [0, 1].")
+        check_above(0, forget_weight=forget_weight, temperature=temperature)
+        check_at_least(0, retain_weight=retain_weight, gamma1=gamma1, gamma2=gamma2)
+        check_within(0, 1, "(]", power=power)
+        check_within(0, 1, stop_accuracy=stop_accuracy)
         self.forget_weight, self.retain_weight, self.temperature = forget_weight, retain_weight, temperature
         self.power, self.gamma1, self.gamma2 = power, gamma1, gamma2
         self.stop_accuracy = stop_accuracy

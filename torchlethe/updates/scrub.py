@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from torchlethe.arguments import check_above, check_at_least, check_choice
 from torchlethe.components import all_reduce_sum, batch_norm_in_eval, eval_mode
 from torchlethe.components.teacher_logits import TeacherLogits
 from torchlethe.data import PADDING_LABEL, Feed, PositionedLoader, RoleLoader, model_input
@@ -124,24 +125,17 @@ class SCRUBUpdate(KeepsOriginal, UpdateRule):
         forget_batch_size: int | None = None,
         cache_teacher: bool = False,
     ) -> None:
-        if forget_batch_size is not None and forget_batch_size < 1:
-            raise ValueError(f"forget_batch_size is {forget_batch_size}, it must be at least 1.")
-        if epochs < 1:
-            raise ValueError(f"epochs is {epochs}, it must be at least 1.")
+        if forget_batch_size is not None:
+            check_at_least(1, forget_batch_size=forget_batch_size)
+        check_at_least(1, epochs=epochs)
         if not 0 <= msteps <= epochs:
             raise ValueError(f"msteps is {msteps}, it must lie in 0…{epochs}, the number of epochs.")
-        for name, value in {"gamma": gamma, "alpha": alpha}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}, it must be at least 0.")
-        for name, value in {"temperature": temperature, "lr_factor": lr_factor}.items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, it must be above 0.")
-        if lr_schedule not in ("constant", "cosine", "milestones"):
-            raise ValueError(f"lr_schedule is '{lr_schedule}', allowed are constant, cosine and milestones.")
+        check_at_least(0, gamma=gamma, alpha=alpha)
+        check_above(0, temperature=temperature, lr_factor=lr_factor)
+        check_choice(("constant", "cosine", "milestones"), lr_schedule=lr_schedule)
         if milestones and lr_schedule != "milestones":
             raise ValueError(f"milestones is {list(milestones)}, but lr_schedule is '{lr_schedule}'.")
-        if bn_mode not in ("train", "eval", "remain"):
-            raise ValueError(f"bn_mode is '{bn_mode}', allowed are train, eval and remain.")
+        check_choice(("train", "eval", "remain"), bn_mode=bn_mode)
         self.epochs, self.msteps, self.gamma, self.alpha = epochs, msteps, gamma, alpha
         self.temperature, self.optimizer, self.bn_mode = temperature, optimizer, bn_mode
         self.lr_schedule, self.milestones, self.lr_factor = lr_schedule, tuple(milestones), lr_factor

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchlethe.arguments import check_above, check_at_least, check_choice, check_within
 from torchlethe.components import (
     AdaptiveForgetLoss,
     DiagonalFisher,
@@ -124,12 +125,9 @@ class SFRonUpdate(UpdateRule):
         bn_forget: Literal["train", "eval"] = "train",
         cosine_every: int = 0,
     ) -> None:
-        counts = {"steps": steps, "forget_every": forget_every, "auto_alpha_steps": auto_alpha_steps}
-        for name, value in (counts | {"fisher_stride": fisher_stride, "fisher_chunk": fisher_chunk}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        if cosine_every < 0:
-            raise ValueError(f"cosine_every is {cosine_every}, it must be at least 0.")
+        check_at_least(1, steps=steps, forget_every=forget_every, auto_alpha_steps=auto_alpha_steps)
+        check_at_least(1, fisher_stride=fisher_stride, fisher_chunk=fisher_chunk)
+        check_at_least(0, cosine_every=cosine_every)
         if isinstance(alpha, str) and alpha != "auto":
             raise ValueError(f"alpha is '{alpha}', allowed are a number above 0 and auto.")
         self.auto_alpha = self.reads_ahead = alpha == "auto"
@@ -137,26 +135,17 @@ class SFRonUpdate(UpdateRule):
             raise ValueError(f"auto_alpha_target is {auto_alpha_target}, but alpha is {alpha}: set alpha to auto.")
         level = 1.0 if auto_alpha_target is None else auto_alpha_target
         strength = START if alpha == "auto" else float(alpha)
-        for name, number in {"alpha": strength, "clip": clip, "auto_alpha_target": level}.items():
-            if not number > 0:
-                raise ValueError(f"{name} is {number}, it must be above 0.")
-        choices = {
-            "lr_schedule": (lr_schedule, ("cosine", "constant")),
-            "coefficients": (coefficients, ("adaptive", "uniform")),
-            "slow_every": (slow_every, ("step", "cycle")),
-            "bn_forget": (bn_forget, ("train", "eval")),
-        }
-        for name, (choice, allowed) in choices.items():
-            if choice not in allowed:
-                raise ValueError(f"{name} is '{choice}', allowed are {' and '.join(allowed)}.")
+        check_above(0, alpha=strength, clip=clip, auto_alpha_target=level)
+        check_choice(("cosine", "constant"), lr_schedule=lr_schedule)
+        check_choice(("adaptive", "uniform"), coefficients=coefficients)
+        check_choice(("step", "cycle"), slow_every=slow_every)
+        check_choice(("train", "eval"), bn_forget=bn_forget)
         if not callable(mask) and mask not in ("ratio", "top", "none"):
             raise ValueError(
                 f"mask is '{mask}', allowed are ratio, top, none or a function of both Fisher informations."
             )
-        if not 0 <= mask_fraction <= 1:
-            raise ValueError(f"mask_fraction is {mask_fraction}, it must lie in [0, 1].")
-        if not gamma >= 0:
-            raise ValueError(f"gamma is {gamma}, it must be at least 0.")
+        check_within(0, 1, mask_fraction=mask_fraction)
+        check_at_least(0, gamma=gamma)
         forget_schedule(schedule, 0.0)
         FastSlowUpdater([], slow_beta)
         self.steps = steps

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.components import DiagonalFisher, all_reduce_sum
 from torchlethe.components.sample_gradients import batch_gradients, output_norm, trainable, zeros_like
 from torchlethe.data import PADDING_LABEL, model_input
@@ -54,16 +55,13 @@ class SSDUpdate(WeightEditor):
         if isinstance(alpha, str):
             if alpha != "adaptive":
                 raise ValueError(f"alpha is '{alpha}', allowed are a number of at least 0 and adaptive.")
-        elif not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}, it must be at least 0.")
-        if not lam >= 0:
-            raise ValueError(f"lam is {lam}, it must be at least 0.")
-        if importance not in ("fisher", "output_norm"):
-            raise ValueError(f"importance is '{importance}', allowed are fisher and output_norm.")
+        else:
+            check_at_least(0, alpha=alpha)
+        check_at_least(0, lam=lam)
+        check_choice(("fisher", "output_norm"), importance=importance)
         if per_sample and importance == "output_norm":
             raise ValueError("per_sample is true, but output_norm averages over batches: set it false.")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, it must be at least 1.")
+        check_at_least(1, chunk_size=chunk_size)
         self.alpha, self.lam, self.importance = alpha, lam, importance
         self.fisher = DiagonalFisher("sample" if per_sample else "batch", chunk_size)
         self.threshold = float("nan")

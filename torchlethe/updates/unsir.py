@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
+from torchlethe.arguments import check_above, check_at_least, check_choice
 from torchlethe.components import all_reduce_sum, batch_norm_in_eval, eval_mode, world_size
 from torchlethe.data import PADDING_LABEL, Feed, PositionedLoader, RoleLoader, model_input
 from torchlethe.data.hashing import generator_for
@@ -115,19 +116,11 @@ class UNSIRUpdate(UpdateRule):
         seed: int = 0,
         bn_mode: Literal["train", "eval"] = "train",
     ) -> None:
-        counts = {"impair_epochs": impair_epochs, "per_class": per_class, "noise_batch": noise_batch}
-        for name, value in (counts | {"repeats": repeats}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        for name, number in {"repair_epochs": repair_epochs, "noise_steps": noise_steps, "penalty": penalty}.items():
-            if not number >= 0:
-                raise ValueError(f"{name} is {number}, it must be at least 0.")
-        if not noise_lr > 0:
-            raise ValueError(f"noise_lr is {noise_lr}, it must be above 0.")
-        if noise_count not in ("batch", "as_coded"):
-            raise ValueError(f"noise_count is '{noise_count}', allowed are batch and as_coded.")
-        if bn_mode not in ("train", "eval"):
-            raise ValueError(f"bn_mode is '{bn_mode}', allowed are train and eval.")
+        check_at_least(1, impair_epochs=impair_epochs, per_class=per_class, noise_batch=noise_batch, repeats=repeats)
+        check_at_least(0, repair_epochs=repair_epochs, noise_steps=noise_steps, penalty=penalty)
+        check_above(0, noise_lr=noise_lr)
+        check_choice(("batch", "as_coded"), noise_count=noise_count)
+        check_choice(("train", "eval"), bn_mode=bn_mode)
         self.optimizer, self.repair, self.bn_mode = optimizer, repair, bn_mode
         self.impair_epochs, self.repair_epochs = impair_epochs, repair_epochs
         self.noise_steps, self.noise_lr, self.penalty = noise_steps, noise_lr, penalty

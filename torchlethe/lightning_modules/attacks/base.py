@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_choice
 from torchlethe.components.batch_norm_folding import foldable_pairs, folded_network, folded_weights
 from torchlethe.components.clean_cache import BatchCache, IndexCache
 from torchlethe.components.perturbation_file import load_perturbation
@@ -103,13 +104,9 @@ class UniversalPerturbation(StoredPerturbation):
         check_ball(xi, p)
         if target is not None and not 0 <= target < num_classes:
             raise ValueError(f"target is {target}, with num_classes={num_classes} it must lie in 0…{num_classes - 1}.")
-        for name, value, allowed in (
-            ("select_on", select_on, ("val", "none")),
-            ("cache_clean", cache_clean, ("auto", "always", "never")),
-            ("init", init, ("uniform", "sign", "zero")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}.")
+        check_choice(("val", "none"), select_on=select_on)
+        check_choice(("auto", "always", "never"), cache_clean=cache_clean)
+        check_choice(("uniform", "sign", "zero"), init=init)
         if image_shape is not None and (len(image_shape) != 3 or min(image_shape) < 1):
             raise ValueError(f"image_shape is {list(image_shape)}, it must be [channels, height, width].")
         super().__init__(network, num_classes)

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from torchlethe.arguments import check_at_least, check_within
 from torchlethe.data import PADDING_LABEL, Feed, Single, mix_seed, model_input
 from torchlethe.lightning_modules.base import ClassificationModule
 
@@ -70,11 +71,8 @@ class Classifier(ClassificationModule):
         seed: int = 0,
         cutmix: float = 0.0,
     ) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}, it must lie in [0, 1).")
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-            if alpha < 0:
-                raise ValueError(f"{name} is {alpha}, it must be at least 0.")
+        check_within(0, 1, "[)", label_smoothing=label_smoothing)
+        check_at_least(0, mixup=mixup, cutmix=cutmix)
         super().__init__(network, num_classes, weights)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

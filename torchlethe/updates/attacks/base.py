@@ -118,12 +118,6 @@ def attacked_classes(batch: Mapping[str, Any], labels: Labels) -> Tensor:
     return batch["label"] if labels == "given" else batch["clean_logits"].argmax(1)
 
 
-def check_labels(labels: str) -> None:
-    """Refuse anything but ``predicted`` and ``true``."""
-    if labels not in ("predicted", "given"):
-        raise ValueError(f"labels is {labels!r}, allowed are predicted and given.")
-
-
 def clean_outputs(network: SplitNetwork, image: Tensor) -> dict[str, Tensor]:
     """Features and logits of clean images, without gradient, in at least float32.
 

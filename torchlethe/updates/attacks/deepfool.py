@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.updates.attacks.base import UniversalAttack
@@ -34,11 +35,9 @@ class DeepFoolAttack(UniversalAttack):
     learns_by_loss: ClassVar[bool] = False
 
     def __init__(self, classes: int = 10, overshoot: float = 0.02, max_iterations: int = 50) -> None:
-        for name, value, least in (("classes", classes, 2), ("max_iterations", max_iterations, 1)):
-            if value < least:
-                raise ValueError(f"{name} is {value}, it must be at least {least}.")
-        if overshoot < 0:
-            raise ValueError(f"overshoot is {overshoot}, it must be at least 0.")
+        check_at_least(2, classes=classes)
+        check_at_least(1, max_iterations=max_iterations)
+        check_at_least(0, overshoot=overshoot)
         super().__init__()
         self.classes, self.overshoot, self.max_iterations = classes, overshoot, max_iterations
 

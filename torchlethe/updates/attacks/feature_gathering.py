@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.functional.universal import feature_gathering_loss, targeted_loss
@@ -32,8 +33,7 @@ class FeatureGathering(LossAttack):
     def __init__(
         self, target: int | None = None, lam: float = 0.1, optimizer: OptimizerFactory = default_optimizer
     ) -> None:
-        if lam < 0:
-            raise ValueError(f"lam is {lam}, it must be at least 0.")
+        check_at_least(0, lam=lam)
         super().__init__(optimizer)
         self.target, self.lam = target, lam
 

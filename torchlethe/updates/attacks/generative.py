@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
+from torchlethe.arguments import check_at_least
 from torchlethe.components.distributed import all_reduce_sum, world_size
 from torchlethe.components.noise_generator import LatentGenerator, ResidualGenerator, seeded
 from torchlethe.components.split_network import SplitNetwork
@@ -139,8 +140,7 @@ class PerturbationDistribution(LossAttack):
         seed: int = 0,
         optimizer: OptimizerFactory = nag_optimizer,
     ) -> None:
-        if diversity < 0:
-            raise ValueError(f"diversity is {diversity}, it must be at least 0.")
+        check_at_least(0, diversity=diversity)
         super().__init__(optimizer)
         self.diversity, self.latent, self.width, self.seed = diversity, latent, width, seed
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from torchlethe.arguments import check_choice
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.functional.universal import layer_saturation_loss
@@ -39,8 +40,7 @@ class LayerSaturation(LayerAttack):
         raw_input: bool = True,
         optimizer: OptimizerFactory = gd_optimizer,
     ) -> None:
-        if kind not in ("norm", "mean"):
-            raise ValueError(f"kind is {kind!r}, allowed are norm and mean.")
+        check_choice(("norm", "mean"), kind=kind)
         super().__init__(layers, raw_input, optimizer)
         self.kind = kind
 

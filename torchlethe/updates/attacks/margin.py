@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.functional.universal import Margin, margin_loss
-from torchlethe.updates.attacks.base import Labels, LossAttack, OptimizerFactory, attacked_classes, check_labels
+from torchlethe.updates.attacks.base import Labels, LossAttack, OptimizerFactory, attacked_classes
 
 
 def df_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -48,13 +49,12 @@ class MarginAttack(LossAttack):
         labels: Labels = "predicted",
         optimizer: OptimizerFactory = df_optimizer,
     ) -> None:
-        if kappa < 0:
-            raise ValueError(f"kappa is {kappa}, it must be at least 0.")
-        if kind is not None and kind not in get_args(Margin):
-            raise ValueError(f"kind is {kind!r}, allowed are {', '.join(get_args(Margin))}.")
+        check_at_least(0, kappa=kappa)
+        if kind is not None:
+            check_choice(get_args(Margin), kind=kind)
         if kind is not None and (kind == "bounded_neg") != (target is None):
             raise ValueError(f"kind is {kind!r}: bounded_neg is for untargeted, the others are for targeted attacks.")
-        check_labels(labels)
+        check_choice(get_args(Labels), labels=labels)
         super().__init__(optimizer)
         self.target, self.kappa, self.labels = target, kappa, labels
         self.reads_labels = labels == "given"

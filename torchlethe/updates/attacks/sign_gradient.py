@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchlethe.arguments import check_above, check_choice
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.functional.universal import bounded_cross_entropy
-from torchlethe.updates.attacks.base import Labels, LossAttack, attacked_classes, check_labels
+from torchlethe.updates.attacks.base import Labels, LossAttack, attacked_classes
 
 
 class SignDescent(Optimizer):
@@ -66,12 +67,10 @@ class SignGradient(LossAttack):
         beta: float = 12.0,
         labels: Labels = "predicted",
     ) -> None:
-        for name, value in (("step_size", step_size), ("beta", beta)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, it must be positive.")
+        check_above(0, step_size=step_size, beta=beta)
         if math.isinf(step_size):
             raise ValueError("step_size is infinite, it must be a finite number of radii.")
-        check_labels(labels)
+        check_choice(get_args(Labels), labels=labels)
         super().__init__()
         self.target, self.step_size, self.beta, self.labels = target, step_size, beta, labels
         self.reads_labels = labels == "given"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchlethe.arguments import check_within
 from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import UniversalNoise
 from torchlethe.functional.universal import truncated_ratio_loss
@@ -42,9 +43,7 @@ class TruncatedRatio(LayerAttack):
         raw_input: bool = False,
         optimizer: OptimizerFactory = gd_optimizer,
     ) -> None:
-        for name, value in (("p_rate", p_rate), ("n_rate", n_rate)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, it must lie in [0, 1].")
+        check_within(0, 1, p_rate=p_rate, n_rate=n_rate)
         if not p_rate:
             raise ValueError("p_rate is 0, at least one layer must count.")
         super().__init__(layers, raw_input, optimizer)

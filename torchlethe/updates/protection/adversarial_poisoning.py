@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torchlethe.updates.protection.settings import check_choice, check_least
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.updates.protection.sign_descent import CrossEntropyProtector
 
 
@@ -46,8 +46,8 @@ class AdversarialPoisoningProtector(CrossEntropyProtector):
         shift: int = 1,
         seed: int = 0,
     ) -> None:
-        check_choice("variant", variant, ("targeted", "untargeted"))
-        check_least(2, num_classes=num_classes)
+        check_choice(("targeted", "untargeted"), variant=variant)
+        check_at_least(2, num_classes=num_classes)
         if shift % num_classes == 0:
             raise ValueError(f"shift is {shift}, which maps each of the {num_classes} classes to itself.")
         step = 0.05 * radius if step is None else step

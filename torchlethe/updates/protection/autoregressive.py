@@ -8,11 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.data.hashing import generator_for, random_normal
 from torchlethe.functional.autoregressive import ORDER, autoregressive_pattern, find_kernels, l2_scaled
 from torchlethe.functional.sign_descent import quantized
 from torchlethe.updates.protection.base import Batches, Protection, Reduce
-from torchlethe.updates.protection.settings import check_above, check_least, described
+from torchlethe.updates.protection.settings import described
 
 _MEMORY = 1 << 26  # bytes that the row filters of the images worked on at once may take
 
@@ -46,8 +47,8 @@ class AutoregressiveProtector(Protection):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least(2, num_classes=num_classes)
-        check_least(0, crop=crop, min_response=min_response)
+        check_at_least(2, num_classes=num_classes)
+        check_at_least(0, crop=crop, min_response=min_response)
         check_above(0, norm=norm, max_norm=max_norm)
         self.num_classes, self.norm, self.crop = num_classes, float(norm), crop
         self.min_response, self.max_norm, self.seed = float(min_response), float(max_norm), seed

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.components import gradients_on
 from torchlethe.components.originals import randomised_copy
 from torchlethe.data.hashing import mix_seed
@@ -18,14 +19,7 @@ from torchlethe.functional.mean_loss import differentiable_twice
 from torchlethe.functional.sign_descent import quantized
 from torchlethe.models.autoencoder import Autoencoder
 from torchlethe.updates.protection.base import Batches, Protection, Reduce
-from torchlethe.updates.protection.settings import (
-    check_above,
-    check_least,
-    check_radius,
-    described,
-    own_training_state,
-    progress,
-)
+from torchlethe.updates.protection.settings import check_radius, described, own_training_state, progress
 from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
@@ -73,9 +67,9 @@ class DeepConfuseProtector(Protection):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least(1, rounds=rounds, steps=steps)
+        check_at_least(1, rounds=rounds, steps=steps)
         check_above(0, lr=lr, generator_lr=generator_lr)
-        check_least(2, batch_size=batch_size)
+        check_at_least(2, batch_size=batch_size)
         self.radius: int = check_radius(radius)
         self.rounds, self.steps, self.lr, self.generator_lr = rounds, steps, float(lr), float(generator_lr)
         self.batch_size, self.seed = batch_size, seed

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above, check_at_least, check_choice, check_within
 from torchlethe.components import gradients_on
 from torchlethe.functional.sign_descent import sign_descent
 from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
-from torchlethe.updates.protection.settings import check_above, check_choice, check_least, own_training_state, progress
+from torchlethe.updates.protection.settings import own_training_state, progress
 from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
@@ -73,19 +74,18 @@ class ErrorMinimizingProtector(JointNoiseProtector):
         seed: int = 0,
     ) -> None:
         super().__init__(network, radius, step, lr, momentum, weight_decay, clip, batch_size, search_batch_size, seed)
-        check_choice("objective", objective, ("emin", "emax"))
-        check_choice("noise_of", noise_of, ("sample", "class"))
+        check_choice(("emin", "emax"), objective=objective)
+        check_choice(("sample", "class"), noise_of=noise_of)
         self.objective, self.noise_of, self.num_classes = objective, noise_of, num_classes
         classwise = noise_of == "class"
         self.steps = (1 if classwise else 20) if steps is None else steps
         self.stop_error = (0.1 if classwise else 0.01) if stop_error is None else float(stop_error)
         self.share = (0.2 if classwise else 1.0) if share is None else float(share)
         self.train_steps, self.rounds = train_steps, rounds
-        check_least(1, steps=self.steps, train_steps=train_steps, rounds=rounds)
-        check_least(2, num_classes=num_classes)
+        check_at_least(1, steps=self.steps, train_steps=train_steps, rounds=rounds)
+        check_at_least(2, num_classes=num_classes)
         check_above(0, stop_error=self.stop_error)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {share}, it must lie in (0, 1].")
+        check_within(0, 1, "(]", share=self.share)
         if not classwise and self.share != 1:
             raise ValueError(f"share is {share}, but noise_of is 'sample': each image needs noise of its own.")
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.components import eval_mode
 from torchlethe.components.originals import randomised_copy
 from torchlethe.functional.sign_descent import quantized
 from torchlethe.updates.protection.base import Protection
-from torchlethe.updates.protection.settings import check_above, check_least, check_radius, check_step, described
+from torchlethe.updates.protection.settings import check_radius, check_step, described
 from torchlethe.updates.protection.whole_set import WholeSet, rows_of
 
 
@@ -51,13 +52,12 @@ class JointNoiseProtector(Protection):
         seed: int,
     ) -> None:
         super().__init__()
-        check_step(step)
         check_above(0, lr=lr)
-        check_least(0, momentum=momentum, weight_decay=weight_decay, clip=clip)
-        check_least(2, batch_size=batch_size)
-        check_least(1, search_batch_size=search_batch_size)
+        check_at_least(0, momentum=momentum, weight_decay=weight_decay, clip=clip)
+        check_at_least(2, batch_size=batch_size)
+        check_at_least(1, search_batch_size=search_batch_size)
         self.radius: int = check_radius(radius)
-        self.step, self.lr, self.momentum, self.weight_decay = float(step), float(lr), momentum, weight_decay
+        self.step, self.lr, self.momentum, self.weight_decay = check_step(step), float(lr), momentum, weight_decay
         self.clip, self.batch_size, self.search_batch_size, self.seed = float(clip), batch_size, search_batch_size, seed
         self.networks = {"network": network}
         self.noise = torch.zeros(0, dtype=torch.int16)

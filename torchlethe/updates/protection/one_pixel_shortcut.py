@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from torchlethe.arguments import check_at_least
 from torchlethe.functional.one_pixel import one_pixel_shortcuts, pixel_sums, with_pixel
 from torchlethe.updates.protection.base import Batches, Protection, Reduce
-from torchlethe.updates.protection.settings import check_least, described
+from torchlethe.updates.protection.settings import described
 
 
 class OnePixelShortcutProtector(Protection):
@@ -30,7 +31,7 @@ class OnePixelShortcutProtector(Protection):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        check_least(2, num_classes=num_classes)
+        check_at_least(2, num_classes=num_classes)
         self.num_classes = num_classes
         self.position = self.colour = torch.zeros(0, dtype=torch.int64)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.components import gradients_on
 from torchlethe.data.hashing import mix_seed
 from torchlethe.functional.sign_descent import sign_descent
@@ -14,7 +15,7 @@ from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
-from torchlethe.updates.protection.settings import check_above, check_least, own_training_state, progress
+from torchlethe.updates.protection.settings import own_training_state, progress
 from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
@@ -80,8 +81,8 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
     ) -> None:
         super().__init__(network, radius, step, lr, momentum, weight_decay, 0.0, batch_size, search_batch_size, seed)
         counts = {"steps": steps, "samples": samples, "attack_steps": attack_steps, "train_steps": train_steps}
-        check_least(1, **counts, perturb_every=perturb_every, decay_every=decay_every)
-        check_least(0, attack_radius=attack_radius, crop=crop)
+        check_at_least(1, **counts, perturb_every=perturb_every, decay_every=decay_every)
+        check_at_least(0, attack_radius=attack_radius, crop=crop)
         check_above(0, attack_step=attack_step)
         self.steps, self.samples, self.crop, self.flip = steps, samples, crop, flip
         self.attack_radius, self.attack_step = float(attack_radius), float(attack_step)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_choice
 from torchlethe.components import gradients_on
 from torchlethe.components.checkpoint_folder import CheckpointFolder
 from torchlethe.components.network_ensemble import NetworkEnsemble
@@ -117,12 +118,9 @@ class SelfEnsembleProtector(EnsembleGradients, Protection):
             if value != int(value) or value < low or (high is not None and value > high):
                 allowed = f"{low}…{high}" if high is not None else f"at least {low}"
                 raise ValueError(f"{name} is {value}, it must be a whole number, {allowed}.")
-        if variant not in ("sep", "sep_fa", "sep_fa_vr"):
-            raise ValueError(f"variant is '{variant}', allowed are sep, sep_fa and sep_fa_vr.")
-        if compat not in ("fixed", "official"):
-            raise ValueError(f"compat is '{compat}', allowed are fixed and official.")
-        if labels not in ("given", "predicted"):
-            raise ValueError(f"labels is '{labels}', allowed are given and predicted.")
+        check_choice(("sep", "sep_fa", "sep_fa_vr"), variant=variant)
+        check_choice(("fixed", "official"), compat=compat)
+        check_choice(("given", "predicted"), labels=labels)
         if compat == "official" and vectorised:
             raise ValueError("vectorised is true, but compat: official needs the checkpoints one by one.")
         if compiled and vectorised:

@@ -36,26 +36,6 @@ def check_step(step: float) -> float:
     return float(step)
 
 
-def check_least(low: float, **values: float) -> None:
-    """Refuse values below a limit, by the name of the argument."""
-    for name, value in values.items():
-        if not value >= low:
-            raise ValueError(f"{name} is {value}, it must be at least {low}.")
-
-
-def check_above(low: float, **values: float) -> None:
-    """Refuse values that are not above a limit, by the name of the argument."""
-    for name, value in values.items():
-        if not value > low:
-            raise ValueError(f"{name} is {value}, it must be above {low}.")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that is none of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} is '{value}', allowed are {' and '.join(allowed)}.")
-
-
 @contextmanager
 def progress(text: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     """Show how far a long preparation is, on a terminal and on rank 0 only.

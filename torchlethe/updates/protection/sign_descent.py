@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.components import gradients_on
 from torchlethe.components.batch_norm_folding import Pairs, foldable_pairs, folded_network, folded_weights
 from torchlethe.data.hashing import mix_seed, random_normal
@@ -17,7 +18,7 @@ from torchlethe.functional.sign_descent import quantized, sign_descent
 from torchlethe.updates.protection.base import Protection
 from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
-from torchlethe.updates.protection.settings import check_choice, check_least, check_radius, described
+from torchlethe.updates.protection.settings import check_radius, check_step, described
 
 
 class SignDescentProtector(Protection):
@@ -54,12 +55,11 @@ class SignDescentProtector(Protection):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least(1, steps=steps, restarts=restarts)
-        check_least(0, crop=crop)
-        check_step(step)
-        check_choice("init", init, ("zero", "gaussian", "uniform"))
+        check_at_least(1, steps=steps, restarts=restarts)
+        check_at_least(0, crop=crop)
+        check_choice(("zero", "gaussian", "uniform"), init=init)
         self.radius: int = check_radius(radius)
-        self.step, self.steps, self.init, self.restarts = float(step), steps, init, restarts
+        self.step, self.steps, self.init, self.restarts = check_step(step), steps, init, restarts
         self.crop, self.flip, self.seed = crop, flip, seed
         self.networks = {"network": network}
 

@@ -9,11 +9,12 @@ import torch
 from sklearn.datasets import make_classification
 from torch import Tensor
 
+from torchlethe.arguments import check_above, check_at_least
 from torchlethe.data.hashing import mix_seed
 from torchlethe.functional.patches import blocks, with_norm
 from torchlethe.functional.sign_descent import quantized
 from torchlethe.updates.protection.base import Batches, Protection, Reduce
-from torchlethe.updates.protection.settings import check_above, check_least, described
+from torchlethe.updates.protection.settings import described
 from torchlethe.updates.protection.whole_set import rows_of
 
 
@@ -40,8 +41,8 @@ class SyntheticShortcutProtector(Protection):
         self, num_classes: int, radius: float = 6.0, patch: int = 8, separation: float = 10.0, seed: int = 0
     ) -> None:
         super().__init__()
-        check_least(2, num_classes=num_classes)
-        check_least(1, patch=patch)
+        check_at_least(2, num_classes=num_classes)
+        check_at_least(1, patch=patch)
         check_above(0, radius=radius, separation=separation)
         self.num_classes, self.rms = num_classes, float(radius)
         self.patch, self.separation, self.seed = patch, float(separation), seed

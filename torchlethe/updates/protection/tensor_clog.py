@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchlethe.arguments import check_at_least, check_choice
 from torchlethe.functional.gradient_norm import squared_gradient_norms
 from torchlethe.functional.mean_loss import differentiable_twice
-from torchlethe.updates.protection.settings import check_choice, check_least
 from torchlethe.updates.protection.sign_descent import SignDescentProtector
 
 
@@ -51,8 +51,8 @@ class TensorClogProtector(SignDescentProtector):
         at_once: int = 64,
         seed: int = 0,
     ) -> None:
-        check_choice("variant", variant, ("clog", "explode"))
-        check_least(1, at_once=at_once)
+        check_choice(("clog", "explode"), variant=variant)
+        check_at_least(1, at_once=at_once)
         step = 0.05 * radius if step is None else step
         super().__init__(network, radius, step, steps, "gaussian", restarts, crop, flip, seed)
         self.variant, self.at_once = variant, at_once
