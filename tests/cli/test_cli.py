@@ -152,6 +152,7 @@ ERRORS = {
     "DRY --model.network.num_classes 4": ["head has 4", "num_classes is 10"],
     "DRY --model.network.in_channels 3": ["in_channels=3"],
     "DRY --model.weights absent.pt": ["absent.pt"],
+    "DRY --model.network absent.yaml": ["--model.network", "there is no file 'absent.yaml'"],
     "DRY --model.optimizer torch.optim.SGD --model.optimizer.momentm 1": ["SGD has no argument 'momentm'", "momentum"],
     "DRY --trainer.callbacks+=UnlearningEvalution": ["did you mean 'UnlearningEvaluation'"],
     "DRY --trainer.callbacks+=UnlearningEvaluation": ["has no data", "UnlearningDataModule"],
@@ -323,6 +324,10 @@ def test_what_another_class_takes_over_from_a_file_is_noted(tmp_path, capfd):
         assert note.startswith("lethe fit: note: model.network: ")
         assert "in_channels=1" in note
         assert note.endswith(" kept from a file.")
+    Path("network.yaml").write_text("class_path: SmallCNN\ninit_args: {num_classes: 10}\n")
+    (note,) = notes("--model.network=network.yaml")
+    assert note == "lethe fit: note: model.network: image_size=32 is kept from a file."
+    assert notes("--model.network=network.yaml", "--model.network.image_size=32") == []
     assert notes("--model.network.image_size", "8") == []
     assert notes("--config", "same.yaml") == []
     assert notes("--model.network", VIT, "--model.network.in_channels", "1") == []  # typed

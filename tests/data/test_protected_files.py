@@ -114,6 +114,8 @@ def test_a_store_goes_on_and_is_done_once(tmp_path):
     before = (tmp_path / "set" / "protected.npz").stat().st_mtime_ns
     later = ProtectedStore(tmp_path / "set", "ab", tuple(FORMATS), BOUND)
     assert later.finished().tolist() == images()[3].tolist()
+    filled(tmp_path / "set", order=((0, 9),))
+    assert not (tmp_path / "set" / "parts").exists()
     assert later.finish(["cat", "dog", "owl"]) == manifest
     assert (tmp_path / "set" / "protected.npz").stat().st_mtime_ns == before
 
@@ -126,6 +128,14 @@ def test_what_breaks_the_promise_is_refused(tmp_path):
     assert not (tmp_path / "set").exists()
     with pytest.raises(ValueError, match="must be uint8"):
         store.add(index, label, clean, protected.float())
+    with pytest.raises(ValueError, match=r"clean images are .*, but must be uint8 \(B, C, H, W\)"):
+        store.add(index, label, clean[:, 0], protected[:, 0])
+    with pytest.raises(ValueError, match=r"label is torch\.int64 \(23, 3\), but must hold a whole class number"):
+        store.add(index, torch.eye(3, dtype=torch.int64)[label], clean, protected)
+    for classes in (["cat", "dog"], "cat", 3):
+        with pytest.raises(ValueError, match="must be a list with a name for each of the 3 classes"):
+            filled(tmp_path / "named", formats=["npz"]).finish(classes)
+        assert not (tmp_path / "named" / "protected.npz").exists()
     store = ProtectedStore(tmp_path / "set", "ab", ["npz"], {"norm": "pixels", "value": 1})
     with pytest.raises(ValueError, match="norm 'pixels'"):
         store.add(index, label, clean, protected)
@@ -189,6 +199,24 @@ def test_reading_refuses_what_is_not_there_or_not_done(tmp_path):
     np.savez(tmp_path / "other.npz", picture=np.zeros(3))
     with pytest.raises(ValueError, match="no array 'image'"):
         read_protected(tmp_path / "other.npz")
+    (tmp_path / "images.csv").write_text("index,label\n")
+    with pytest.raises(ValueError, match=r"images\.csv', but must be a folder, an \.npz or a \.parquet file"):
+        read_protected(tmp_path / "images.csv")
+    for name in ("broken.npz", "broken.parquet"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 and no more")
+        with pytest.raises(ValueError, match=rf"'{tmp_path}/{name}' cannot be read"):
+            read_protected(tmp_path / name)
+
+
+def test_folders_above_or_beside_a_data_set_are_not_guessed(tmp_path):
+    filled(tmp_path / "runs" / "one").finish()
+    with pytest.raises(ValueError, match=f"above the protected data set '{tmp_path}/runs/one': name that"):
+        read_protected(tmp_path / "runs")
+    for number in range(2):
+        (tmp_path / "pictures" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "pictures" / str(number) / "7.png")
+    with pytest.raises(ValueError, match="several files there have the index"):
+        read_protected(tmp_path / "pictures")
 
 
 def test_euclidean_bounds_allow_for_rounding():
@@ -239,6 +267,8 @@ def test_data_of_another_set_are_refused(tmp_path):
     filled(tmp_path / "set", formats=["npz"]).finish()
     found = read_protected(tmp_path / "set")
     check_fits(InMemoryImages(clean, label, index), found)
+    with pytest.warns(UserWarning, match="has 23 images, and 3 of them have an index that no image"):
+        check_fits(InMemoryImages(clean[:20], label[:20], index[:20]), found)
     with pytest.raises(ValueError, match="has other labels"):
         check_fits(InMemoryImages(clean, (label + 1) % 3, index), found)
     with pytest.raises(ValueError, match="shares no index"):

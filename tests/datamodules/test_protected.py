@@ -119,7 +119,11 @@ def test_refusals(source, tmp_path):
         ProtectedDataModule(DigitsDataModule(), source, part="half")
     with pytest.raises(ValueError, match="no training image is left"):
         ready(DigitsDataModule(), source, part="clean")
+    with pytest.raises(ValueError, match="classes contains 12, but no training image has it"):
+        ProtectionDataModule(DigitsDataModule(), classes=[0, 12]).setup()
+    with pytest.raises(ValueError, match="indices contains 1200, but no training image has it"):
+        ProtectionDataModule(DigitsDataModule(), indices=[3, 1200]).setup()
     with pytest.raises(ValueError, match="select none of the 1200 training images"):
-        ProtectionDataModule(DigitsDataModule(), classes=[12]).setup()
+        ProtectionDataModule(DigitsDataModule(), classes=[]).setup()
     with pytest.raises(ValueError, match=r"has images \(1, 8, 8\), but the training set has \(1, 32, 32\)"):
         ready(DigitsDataModule(image_size=32), source)

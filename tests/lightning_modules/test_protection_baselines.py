@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import quiet_trainer
 from torchlethe import lightning_modules as modules
@@ -176,3 +177,33 @@ def test_a_killed_preparation_goes_on_where_it_was(name, settings, steps, killed
     assert len(written) == steps + 1  # each step once, and the outcome
     (left,) = (tmp_path / "killed" / "prepared").iterdir()
     assert left.name == written[-1]
+
+
+@pytest.mark.parametrize("name", ["ErrorMinimizing", "RobustErrorMinimizing", "AdversarialPoisoning", "TensorClog"])
+def test_a_step_in_fractions_of_the_range_is_refused(name):
+    with pytest.raises(ValueError, match=r"step is 0\.0031.*, it must be .* 0\.8 rather than 0\.8/255"):
+        module_of(name, step=0.8 / 255)
+
+
+def test_a_set_that_did_not_change_says_so(tmp_path):
+    still = module_of("RandomNoise")
+    still.protection.protect = lambda image, label, index: image.clone()
+    with pytest.warns(UserWarning, match="RandomNoise changed no pixel"):
+        predict(still, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (torch.eye(10).repeat(2, 1), r"label is torch\.float32 \(20, 10\)"),
+        (torch.eye(10, dtype=torch.int64).repeat(2, 1), r"label is torch\.int64 \(20, 10\)"),
+        (torch.tensor([0] * 19 + [10]), "the data has the label 10, but num_classes is 10"),
+    ],
+)
+def test_labels_are_looked_at_before_anything_is_written(label, sentence, tmp_path):
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(images, label), batch_size=20 if label.ndim > 1 else 5)
+    trainer = quiet_trainer(default_root_dir=tmp_path, callbacks=[ProtectedWriter()])
+    with pytest.raises(ValueError, match=sentence):
+        trainer.predict(module_of("AdversarialPoisoning"), loader)
+    assert not list(tmp_path.iterdir())

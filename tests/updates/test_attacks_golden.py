@@ -163,3 +163,13 @@ def test_the_older_data_free_objective():
     assert float(layer_saturation_loss(activations, "mean")) == pytest.approx(-math.log(2) - math.log(1e-9), rel=1e-5)
     ratio = truncated_ratio_loss([torch.tensor([3.0, -4.0])], 1, 1, lam=0.5)
     assert float(ratio) == pytest.approx(0.5 * math.log(2.0) - math.log(4.5), rel=1e-5)
+
+
+def test_a_plain_loop_refuses_what_a_trainer_does(golden):
+    network, v = SplitNetwork(build(golden), "network.fc"), noise(golden, "untargeted")
+    batches = data(golden, "x_u8", "y")
+    normalised = [{**batch, "image": (batch["image"] - 0.5) / 0.25} for batch in batches]
+    with pytest.raises(ValueError, match=r"they must lie in \[0, 1\]: normalisation belongs to the network"):
+        craft(attack(golden, "untargeted"), network, v, normalised)
+    with pytest.raises(ValueError, match="can be gone through once only, but epochs is 2"):
+        craft(attack(golden, "untargeted"), network, v, iter(batches), 2)

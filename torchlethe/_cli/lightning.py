@@ -33,11 +33,14 @@ from torchlethe._cli.overrides import (
     DroppedArguments,
     brief,
     config_options,
+    dotted_key,
     holds,
+    not_in_file,
     short_name,
     taken_over,
     target_of,
     top_keys,
+    typed_files,
     value_at,
 )
 from torchlethe._cli.records import RecordConfig, record_metrics
@@ -78,7 +81,11 @@ def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], Leth
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
     try:
-        return (cli or LetheCLI)(command, _resolve_configs(words))
+        words = _resolve_configs(words)
+        for key, path in typed_files(words):
+            if not path.is_file():
+                raise UsageError(f"--{key}: there is no file '{path}'")
+        return (cli or LetheCLI)(command, words)
     except BaseException:
         unpatch_loaders()
         raise
@@ -185,9 +192,13 @@ class LetheCLI(LightningCLI):
                 layers.append(position)
             seen |= keys
         final = self.config[self.command]
+        found: dict[str, dict[str, str]] = {}
+        for place, path in typed_files(self.words):
+            for key, name, value in not_in_file(value_at(final, place), yaml.safe_load(path.read_text("utf-8")), place):
+                if f"{key}.{name}" not in self._typed():
+                    found.setdefault(key, {})[name] = value
         if files and any("class_path" in (value_at(final, key) or {}) for key in self._typed()):
             layers.append(len(files))
-        found: dict[str, dict[str, str]] = {}
         for position in layers:
             try:
                 before = parser.parse_args([self.command, *(f"--config={file}" for file in files[:position])])
@@ -202,8 +213,7 @@ class LetheCLI(LightningCLI):
         """The dotted keys that the user wrote on the command line, without ``init_args``."""
         for word in self.words:
             if word.startswith("--") and not word.startswith("--config"):
-                key = re.split(r"[=+]", word[2:], maxsplit=1)[0]
-                yield ".".join(part for part in key.split(".") if part != "init_args")
+                yield dotted_key(word)
 
     def _note(self, text: str) -> None:
         sys.stderr.write(f"lethe {self.command}: note: {text}.\n")

@@ -62,6 +62,22 @@ def config_options(words: Sequence[str]) -> Iterator[str]:
             yield f"--config={words[position + 1]}"
 
 
+def dotted_key(option: str) -> str:
+    """The key of ``--model.init_args.network=…`` without ``init_args``: ``model.network``."""
+    key = re.split(r"[=+]", option[2:], maxsplit=1)[0]
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
+def typed_files(words: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Dotted key and path of each YAML file that is given for a part of model, data or Trainer."""
+    for position, word in enumerate(words):
+        if not word.startswith(("--model", "--data", "--trainer")):
+            continue
+        value = word.partition("=")[2] if "=" in word else words[position + 1] if position + 1 < len(words) else ""
+        if re.fullmatch(r"[^\s:{}\[\]]+\.ya?ml", value):
+            yield dotted_key(word), Path(value)
+
+
 def top_keys(path: str) -> set[str]:
     """Whether a file configures the model, the data or both."""
     content = yaml.safe_load(Path(path).read_text("utf-8")) if Path(path).is_file() else None
@@ -98,6 +114,24 @@ def taken_over(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, st
             is_class = isinstance(value, Namespace) and "class_path" in value
             yield key, name, short_name(value.class_path) if is_class else brief(value)
         yield from taken_over(value, now, f"{key}.{name}" if key else name)
+
+
+def not_in_file(final: Any, content: Any, key: str) -> Iterator[tuple[str, str, str]]:
+    """Key, name and value of the arguments of a class that are no defaults, although the class's file lacks them.
+
+    Args:
+        final: the class in the final configuration.
+        content: what the file says that was given for it.
+        key: its dotted key.
+    """
+    if not isinstance(final, Namespace) or not isinstance(content, dict) or "class_path" not in content:
+        return
+    said, arguments = content.get("init_args") or {}, final.get("init_args") or Namespace()
+    defaults = defaults_of(final.class_path)
+    for name, value in vars(arguments).items():
+        if name not in said and not isinstance(value, Namespace) and value != defaults.get(name, value):
+            yield key, name, brief(value)
+        yield from not_in_file(value, said.get(name), f"{key}.{name}")
 
 
 def short_name(class_path: str) -> str:

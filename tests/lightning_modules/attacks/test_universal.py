@@ -218,6 +218,9 @@ def test_checkpoints_hold_v_alone_and_resume_to_the_same_bits(tmp_path):
     nn.init.zeros_(other.linear.bias)
     with pytest.raises(ValueError, match="made for a network with other weights"):
         FeatureGatheringUAP.load_from_checkpoint(tmp_path / "epoch=3.ckpt", network=other, weights_only=True)
+    for changed, sentence in (({"xi": 0.1}, "xi=0.25, but this run has xi=0.1"), ({"target": 3}, "target=None, but")):
+        with pytest.raises(ValueError, match=f"the checkpoint was made with {sentence}"):
+            trainer.fit(module(**changed), datamodule=digits(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
 
 
 def test_a_checkpoint_is_as_small_as_v(tmp_path):
