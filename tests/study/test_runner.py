@@ -12,7 +12,9 @@ import yaml
 
 from torchlethe._cli.errors import UsageError
 from torchlethe.study import load_study, plan_jobs, run_jobs
+from torchlethe.study.keys import identify
 from torchlethe.study.runner import why
+from torchlethe.study.stage import execute
 
 STUDY = {
     "seeds": [0, 1],
@@ -120,6 +122,20 @@ def test_other_code_reruns_unless_it_is_ignored(make, monkeypatch):
     assert {why(job, ignore_code=True) for job in make(other={"size": 4}) if job.stage.name == "other"} == {
         "size changed (3 → 4)"
     }
+
+
+def test_a_failure_after_the_code_changed_says_so(make, monkeypatch):
+    def fails(command, words):
+        raise ValueError("Option 'crop' is not accepted")
+
+    job = make()[0]
+    identity = identify(job)
+    assert execute(job, fails, identity=identity).message == "Option 'crop' is not accepted"
+    monkeypatch.setattr("torchlethe.study.keys.code_version", lambda search: "another")
+    found = execute(job, fails, identity=identity).message
+    assert found == (
+        "Option 'crop' is not accepted; the code of torchlethe has changed since the study began: start it again"
+    )
 
 
 def test_why_names_the_part_that_changed(make):

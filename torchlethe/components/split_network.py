@@ -51,6 +51,7 @@ def find_feature_layer(network: nn.Module, example: Tensor, name: str | None = N
     if name is not None:
         if name not in names or not name:
             close = difflib.get_close_matches(name, [key for key in names if key], n=3, cutoff=0.3)
+            close += [key for key, layer in names.items() if isinstance(layer, nn.Linear) and key not in close][-1:]
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see network.named_modules()."
             raise ValueError(f"feature_layer is {name!r}, but the network has no such layer: {hint}")
         return name

@@ -160,6 +160,12 @@ def code_version(search: bool = False) -> str:
     return _source_hash((PACKAGE / place for place in counted), PACKAGE)
 
 
+def code_has_changed(identity: Identity) -> bool:
+    """Whether the source of ``torchlethe`` on the disk is another than when a job was identified."""
+    now = getattr(code_version, "__wrapped__", code_version)  # not what this process remembers
+    return identity.parts["the code of torchlethe"] not in {now(searched) for searched in (False, True)}
+
+
 def report_key(study: Path, jobs: Iterable[Job], words: Iterable[str]) -> str:
     """What a report depends on: the study file, the results, the command line, and the code that writes it.
 

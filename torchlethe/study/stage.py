@@ -26,7 +26,7 @@ from torchlethe import __version__
 from torchlethe._cli.errors import UsageError, explain
 from torchlethe.study.files import DONE, ERROR, LOG, STARTED, now, read_json, write_json
 from torchlethe.study.fingerprints import fingerprint, fingerprints, load_yaml, local_data
-from torchlethe.study.keys import Identity, identify
+from torchlethe.study.keys import Identity, code_has_changed, identify
 from torchlethe.study.plan import Job
 
 RunStage = Callable[[str, list[str]], Any]
@@ -92,7 +92,11 @@ def execute(
                 _call(job, run_stage, None)
     except Exception as error:
         (job.folder / ERROR).write_text(traceback.format_exc(), "utf-8")
-        return Outcome(job, "failed", spent + time.perf_counter() - begin, explain(error))
+        message = explain(error)
+        if code_has_changed(identity):
+            # a worker has the old modules, but signatures for configurations are read from the source
+            message += "; the code of torchlethe has changed since the study began: start it again"
+        return Outcome(job, "failed", spent + time.perf_counter() - begin, message)
     except SystemExit as stop:  # Lightning turns an interrupt from the keyboard into an exit
         raise KeyboardInterrupt(f"{job.title} stopped ({stop.code})") from stop
     seconds = spent + time.perf_counter() - begin
