@@ -242,6 +242,11 @@ class Unreadable(DigitsDataModule):
         raise ValueError("the disk is gone")
 
 
+class NotSetUp(DigitsDataModule):
+    def setup(self, stage=None):
+        raise ValueError("the disk is gone")
+
+
 def test_a_run_that_failed_at_its_loaders_spoils_no_later_run(capfd):
     line = " ".join([*FIT, *DRY]).replace("DigitsDataModule", f"{__name__}.Unreadable")
     assert main(shlex.split(line)) == 2
@@ -267,11 +272,25 @@ def test_a_refused_run_leaves_nothing_and_replaces_nothing(logger, tmp_path, cap
     assert main([*FIT, *options, *refused]) == 2
     assert {path: path.read_bytes() for path in Path("logs").rglob("*") if path.is_file()} == files
     assert [path.name for path in Path("logs/lightning_logs").iterdir()] == ["version_0"]
+    unreadable = " ".join([*FIT, *options]).replace("DigitsDataModule", f"{__name__}.NotSetUp")
+    assert main(shlex.split(unreadable)) == 2
+    assert {path: path.read_bytes() for path in Path("logs").rglob("*") if path.is_file()} == files
+    assert [path.name for path in Path("logs/lightning_logs").iterdir()] == ["version_0"]
     own = ["--trainer.max_steps=1", "--trainer.logger=false"]
     assert main([*FIT, *own]) == 0
     before = Path("config.yaml").read_bytes()
     assert main([*FIT, *own, *refused]) == 2
     assert Path("config.yaml").read_bytes() == before
+    # one that gets as far as its loaders writes it, and leaves it there
+    assert main(shlex.split(" ".join([*FIT, *own]).replace("DigitsDataModule", f"{__name__}.Unreadable"))) == 2
+    assert "Unreadable" in Path("config.yaml").read_text()
+
+
+def test_loggers_of_a_test_hear_of_data_and_seed(tmp_path):
+    assert main(["test", *FIT[1:], "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]) == 0
+    told = yaml.safe_load(Path("logs/lightning_logs/version_0/hparams.yaml").read_text())
+    assert told["seed_everything"] == 0
+    assert told["data"]["class_path"].endswith("DigitsDataModule")
 
 
 def test_predictions_are_written(tmp_path):
@@ -328,6 +347,7 @@ def test_what_another_class_takes_over_from_a_file_is_noted(tmp_path, capfd):
     (note,) = notes("--model.network=network.yaml")
     assert note == "lethe fit: note: model.network: image_size=32 is kept from a file."
     assert notes("--model.network=network.yaml", "--model.network.image_size=32") == []
+    assert notes("--model.network=network.yaml", '--model.network={"init_args": {"image_size": 32}}') == []
     assert notes("--model.network.image_size", "8") == []
     assert notes("--config", "same.yaml") == []
     assert notes("--model.network", VIT, "--model.network.in_channels", "1") == []  # typed

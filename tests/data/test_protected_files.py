@@ -202,6 +202,11 @@ def test_reading_refuses_what_is_not_there_or_not_done(tmp_path):
     (tmp_path / "images.csv").write_text("index,label\n")
     with pytest.raises(ValueError, match=r"images\.csv', but must be a folder, an \.npz or a \.parquet file"):
         read_protected(tmp_path / "images.csv")
+    (tmp_path / "text.npz").write_text("no arrays")
+    np.savez(tmp_path / "objects.npz", image=np.array([{}], dtype=object))
+    for name in ("text.npz", "objects.npz"):
+        with pytest.raises(ValueError, match=rf"'{tmp_path}/{name}', but that is no \.npz file of plain arrays\.$"):
+            read_protected(tmp_path / name)
     for name in ("broken.npz", "broken.parquet"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 and no more")
         with pytest.raises(ValueError, match=rf"'{tmp_path}/{name}' cannot be read"):
@@ -267,7 +272,7 @@ def test_data_of_another_set_are_refused(tmp_path):
     filled(tmp_path / "set", formats=["npz"]).finish()
     found = read_protected(tmp_path / "set")
     check_fits(InMemoryImages(clean, label, index), found)
-    with pytest.warns(UserWarning, match="has 23 images, and 3 of them have an index that no image"):
+    with pytest.warns(UserWarning, match="has 23 images, and 3 of them have an index beyond the training set's"):
         check_fits(InMemoryImages(clean[:20], label[:20], index[:20]), found)
     with pytest.raises(ValueError, match="has other labels"):
         check_fits(InMemoryImages(clean, (label + 1) % 3, index), found)

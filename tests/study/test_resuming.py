@@ -124,3 +124,22 @@ def test_a_damaged_checkpoint_starts_the_stage_again(tmp_path, monkeypatch, chec
     assert stage.calls == [False, True, False]
     assert not (jobs[0].folder / "half.txt").exists()
     assert "does not fit" in (jobs[0].folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("after", "goes_on"), [({}, True), ({"model.radius": 4}, False)], ids=["same", "changed"])
+def test_a_prediction_finds_what_it_left(tmp_path, monkeypatch, after, goes_on):
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def predicting(command, words):
+        folder = Path(next(word for word in words if "default_root_dir" in word).partition("=")[2])
+        found.append((folder / "prepared" / "begun.pt").exists())
+        (folder / "prepared").mkdir(exist_ok=True)
+        (folder / "prepared" / "begun.pt").touch()
+        if len(found) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(plan({"a": {"command": "predict"}}), predicting)
+    assert run_jobs(plan({"a": {"command": "predict", "set": after}}), predicting)[0].status == "done"
+    assert found == [False, goes_on]

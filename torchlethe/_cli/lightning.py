@@ -81,11 +81,7 @@ def run(command: str, words: Sequence[str], cli: Callable[[str, list[str]], Leth
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.`")
     try:
-        words = _resolve_configs(words)
-        for key, path in typed_files(words):
-            if not path.is_file():
-                raise UsageError(f"--{key}: there is no file '{path}'")
-        return (cli or LetheCLI)(command, words)
+        return (cli or LetheCLI)(command, _resolve_configs(words))
     except BaseException:
         unpatch_loaders()
         raise
@@ -159,6 +155,8 @@ class LetheCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             message = error.message or ""
+            if missing := next(((key, path) for key, path in typed_files(self.words) if not path.is_file()), None):
+                raise UsageError(f"--{missing[0]}: there is no file '{missing[1]}'") from None
             options = [option.lstrip("-") for option in self._parser(self.command)._option_string_actions]
             if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
                 raise UsageError(f"unknown argument --{unknown[1]}{close_match(unknown[1], options)}") from None
@@ -194,8 +192,12 @@ class LetheCLI(LightningCLI):
         final = self.config[self.command]
         found: dict[str, dict[str, str]] = {}
         for place, path in typed_files(self.words):
-            for key, name, value in not_in_file(value_at(final, place), yaml.safe_load(path.read_text("utf-8")), place):
-                if f"{key}.{name}" not in self._typed():
+            if value_at(final, place) is None or list(self._typed()).count(place) > 1:
+                continue
+            below = tuple(f"{key}." for key in self._typed() if key.startswith(f"{place}."))
+            content = yaml.safe_load(path.read_text("utf-8"))
+            for key, name, value in not_in_file(value_at(final, place), content, place):
+                if not f"{key}.{name}.".startswith(below):
                     found.setdefault(key, {})[name] = value
         if files and any("class_path" in (value_at(final, key) or {}) for key in self._typed()):
             layers.append(len(files))

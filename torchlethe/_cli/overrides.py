@@ -74,7 +74,7 @@ def typed_files(words: Sequence[str]) -> Iterator[tuple[str, Path]]:
         if not word.startswith(("--model", "--data", "--trainer")):
             continue
         value = word.partition("=")[2] if "=" in word else words[position + 1] if position + 1 < len(words) else ""
-        if re.fullmatch(r"[^\s:{}\[\]]+\.ya?ml", value):
+        if re.fullmatch(r"[^\s:{}\[\]-][^\s:{}\[\]]*\.ya?ml", value):
             yield dotted_key(word), Path(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -23,8 +24,8 @@ class RecordConfig(SaveConfigCallback):
     """Write ``config.yaml``, and tell the loggers what Lightning does not: data, seed and settings of the Trainer.
 
     Lightning gives them the module's hyper-parameters only. The file is written when all ``setup`` hooks have passed:
-    a run that is refused there replaces nothing. And a run that ends before its first batch takes its numbered folder
-    away, such as ``lightning_logs/version_3``, if nothing else was written there.
+    a run that is refused there replaces nothing. And a run that ends before its first batch takes the numbered folders
+    of its loggers away, such as ``lightning_logs/version_3``, if nothing else was written there.
 
     Note:
         Under DDP rank 0 writes and removes.
@@ -33,12 +34,14 @@ class RecordConfig(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._began = time.time() - 1  # file systems round
-        self._folder: Path | None = None
+        self._older: set[Path] = set()
+        self._told = self._worked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember where."""
-        folder = trainer.log_dir or trainer.default_root_dir  # on every rank, as it is broadcast
-        self._folder = Path(folder) if trainer.is_global_zero and "://" not in folder else None
+        """Tell the loggers, before Lightning writes their hyper-parameters, and note which folders are not new."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, stage)
+            self._older = {folder for folder in logger_folders(trainer) if _is_older(folder, self._began)}
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, str(trainer.state.fn))
@@ -60,30 +63,38 @@ class RecordConfig(SaveConfigCallback):
         self._save(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here on the folder stays."""
-        self._folder = None
+        """From here on the folders stay."""
+        self._worked = True
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folder stays."""
-        self._folder = None
+        """From here on the folders stay."""
+        self._worked = True
 
     def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folder stays."""
-        self._folder = None
+        """From here on the folders stay."""
+        self._worked = True
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folder stays."""
-        self._folder = None
+        """From here on the folders stay."""
+        self._worked = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove what says nothing but that there was a run."""
-        if self._folder is not None:
-            remove_traces(self._folder, self._began)
+        if trainer.is_global_zero and not self._worked:
+            for folder in logger_folders(trainer) - self._older:
+                with contextlib.suppress(OSError):  # the exception counts, not this
+                    remove_traces(folder, self._began)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, if a run had no batches at all."""
+        if trainer.world_size == 1:
+            self._save(trainer, pl_module)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add data, seed and Trainer to the hyper-parameters of each logger."""
-        if not trainer.loggers:
+        if self._told or not trainer.loggers:
             return
+        self._told = True
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
         settings: dict[str, Any] = {key: config[key] for key in ("seed_everything", "data") if key in config}
         plain = {key: value for key, value in config.get("trainer", {}).items() if not isinstance(value, dict | list)}
@@ -96,21 +107,33 @@ class RecordConfig(SaveConfigCallback):
                 logger.log_hyperparams(settings)
 
 
+def logger_folders(trainer: Trainer) -> set[Path]:
+    """The local folders that the loggers of a run write to; call it on rank 0."""
+    folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    return {Path(folder) for folder in folders if folder is not None and "://" not in str(folder)}
+
+
+def _is_older(folder: Path, since: float) -> bool:
+    return folder.is_dir() and any(path.stat().st_mtime < since for path in folder.iterdir())
+
+
 def remove_traces(folder: Path, since: float) -> None:
     """Remove what a run leaves by starting, unless there is more: its files, its numbered folder, and an empty parent.
 
     Args:
-        folder: of the run; it need not exist.
+        folder: of one of its loggers; it need not exist.
         since: when the run began, in seconds since 1970; older files are not its own.
     """
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    if any(not path.name.startswith(TRACES) or path.stat().st_mtime < since for path in found):
+    if not folder.is_dir() or _is_older(folder, since):
+        return
+    found = list(folder.iterdir())
+    if any(not path.name.startswith(TRACES) for path in found):
         return
     for path in found:
         path.unlink()
-    if folder.is_dir() and folder.name.startswith("version_"):
+    if folder.name.startswith("version_"):
         folder.rmdir()
-        if not any(folder.parent.iterdir()):
+        if folder.parent.resolve() != Path.cwd() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
 

@@ -65,9 +65,11 @@ def labelled(batch: Any) -> Any:
     """
     if isinstance(batch, Mapping):
         key = next((key for key in ("image", *_ALIASES["image"]) if key in batch), None)
-        if key is None or any(name in batch for name in ("label", *_ALIASES["label"])):
+        image = None if key is None else batch[key]
+        known = any(batch.get(name) is not None for name in ("label", *_ALIASES["label"]))
+        if known or not isinstance(image, Tensor):
             return batch
-        return {**batch, "label": torch.zeros(len(batch[key]), dtype=torch.int64, device=batch[key].device)}
+        return {**batch, "label": torch.zeros(len(image), dtype=torch.int64, device=image.device)}
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1:
         batch = batch[0]
     return labelled({"image": batch}) if isinstance(batch, Tensor) else batch

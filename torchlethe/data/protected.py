@@ -42,13 +42,16 @@ class ProtectedImages:
 
 
 def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        names = set(arrays.files)
-        if "image" not in names:
-            raise ValueError(f"protected is '{path}', but it has no array 'image' (it has {', '.join(sorted(names))}).")
-        image = arrays["image"]
-        index = arrays["index"] if "index" in names else np.arange(len(image))
-        return image, index, arrays["label"] if "label" in names else np.empty(0, np.int64)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = sorted(arrays.files)
+            found = {name: arrays[name] for name in ("image", "index", "label") if name in names}
+    except ValueError:  # numpy would advise to unpickle it
+        raise ValueError(f"protected is '{path}', but that is no .npz file of plain arrays.") from None
+    if "image" not in found:
+        raise ValueError(f"protected is '{path}', but it has no array 'image' (it has {', '.join(names)}).")
+    image = found["image"]
+    return image, found.get("index", np.arange(len(image))), found.get("label", np.empty(0, np.int64))
 
 
 def _from_parquet(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,7 +152,7 @@ def choose_protected(
         (N,) bool, over the positions of ``dataset``.
 
     Raises:
-        ValueError: the data set has no image of a class, or of an index.
+        ValueError: the data set has no image of a class, or no image of such an index can exist.
 
     Example:
         >>> data = InMemoryImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), [0, 1, 0, 1])
@@ -157,13 +160,14 @@ def choose_protected(
         [False, True, False, True]
     """
     chosen = torch.isin(dataset.indices, available)
-    for name, asked, there in (("classes", classes, dataset.labels), ("indices", indices, dataset.indices)):
-        wanted = torch.as_tensor([] if asked is None else asked, dtype=torch.int64)
-        if len(missing := wanted[~torch.isin(wanted, there)]):
-            raise ValueError(f"{name} contains {int(missing[0])}, but no training image has it.")
     if classes is not None:
-        chosen &= torch.isin(dataset.labels, torch.as_tensor(list(classes)))
+        wanted = torch.as_tensor(list(classes), dtype=torch.int64)
+        if len(missing := wanted[~torch.isin(wanted, dataset.labels)]):
+            raise ValueError(f"classes contains {int(missing[0])}, but no training image has it.")
+        chosen &= torch.isin(dataset.labels, wanted)
     if indices is not None:
+        if len(missing := indices[_beyond(indices, dataset)]):
+            raise ValueError(f"indices contains {int(missing[0])}, but no training image has it.")
         chosen &= torch.isin(dataset.indices, indices)
     if ratio < 1:
         positions = chosen.nonzero().flatten()
@@ -171,6 +175,11 @@ def choose_protected(
         chosen = torch.zeros_like(chosen)
         chosen[positions[order[: round(ratio * len(positions))]]] = True
     return chosen
+
+
+def _beyond(indices: Tensor, dataset: ImageDataset) -> Tensor:
+    """Which indices cannot be of this data: one in between may belong to images that are held out."""
+    return (indices < 0) | (indices > dataset.indices.max())
 
 
 def check_fits(dataset: ImageDataset, protected: ProtectedImages) -> None:
@@ -186,10 +195,10 @@ def check_fits(dataset: ImageDataset, protected: ProtectedImages) -> None:
     known, place = torch.isin(protected.indices, dataset.indices), protected.indices
     if not known.any():
         raise ValueError("protected shares no index with the training set; it was made from other data.")
-    if not known.all():
+    if (beyond := _beyond(protected.indices, dataset)).any():
         warnings.warn(
-            f"protected has {len(known)} images, and {int((~known).sum())} of them have an index that no image of the "
-            "training set has: these are not used.",
+            f"protected has {len(known)} images, and {int(beyond.sum())} of them have an index beyond the training "
+            "set's: these are not used.",
             stacklevel=2,
         )
     position = {index: i for i, index in enumerate(dataset.indices.tolist())}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ def allowance(bound: Mapping[str, Any], values: int) -> float:
         raise ValueError(f"norm is {bound.get('norm')!r}, a bound's norm is one of {', '.join(NORMS)}.")
     rounding = {"2": math.sqrt(values) * 0.5 / 255, "rms": 0.5}
     return float(bound["value"]) + rounding.get(bound["norm"], 0.0)
+
+
+def _is_list(classes: Any) -> bool:
+    return classes is None or (isinstance(classes, Iterable) and not isinstance(classes, str))
 
 
 class ProtectedStore:
@@ -247,14 +251,13 @@ class ProtectedStore:
         everything = np.arange(len(index))
         labels = gather("label", everything)
         count = int(labels.max()) + 1
-        named = isinstance(classes, Sequence) and not isinstance(classes, str) and len(classes) >= count
-        if classes is not None and not named:
+        names = [str(name) for name in (range(count) if classes is None else classes)] if _is_list(classes) else []
+        if len(names) < count:
             raise ValueError(f"classes is {classes!r}, but must be a list with a name for each of the {count} classes.")
-        classes = [str(name) for name in (range(count) if classes is None else classes)]
-        content = Content(len(index), shape, tuple(classes), chunks)  # type: ignore[arg-type]
+        content = Content(len(index), shape, tuple(names), chunks)  # type: ignore[arg-type]
         written = {name: write_checked(name, self.folder, content) for name in self.formats}
         changes = {name: gather(f"change_{name}", everything) for name in (*NORMS, "mean")}
-        self._list(index, labels, changes, classes)
+        self._list(index, labels, changes, names)
         source = hashlib.sha256(gather("clean", everything).tobytes()).hexdigest()
         manifest = {
             "manifest_version": 1,
@@ -262,7 +265,7 @@ class ProtectedStore:
             "key": self.key,
             "images": len(index),
             "shape": list(shape),
-            "classes": list(classes),
+            "classes": names,
             "source": {
                 "sha256": source,
                 "meaning": "SHA-256 over the SHA-256 digests of the clean images' uint8 bytes (C, H, W), by index",

@@ -163,7 +163,10 @@ def code_version(search: bool = False) -> str:
 def code_has_changed(identity: Identity) -> bool:
     """Whether the source of ``torchlethe`` on the disk is another than when a job was identified."""
     now = getattr(code_version, "__wrapped__", code_version)  # not what this process remembers
-    return identity.parts["the code of torchlethe"] not in {now(searched) for searched in (False, True)}
+    try:
+        return identity.parts["the code of torchlethe"] not in {now(searched) for searched in (False, True)}
+    except OSError:  # a file is being replaced
+        return True
 
 
 def report_key(study: Path, jobs: Iterable[Job], words: Iterable[str]) -> str:

@@ -73,7 +73,8 @@ def execute(
     spent = 0.0
     if checkpoint:
         spent = max(0.0, checkpoint.stat().st_mtime - float(read_json(job.folder / STARTED).get("began", 0)))
-    elif not (cut_off and job.stage.search is not None):  # a search knows how to go on in its folder
+    elif not (cut_off and (job.stage.search is not None or job.stage.command == "predict")):
+        # a search and a protection know how to go on in their folder
         clean(job.folder)
     (job.folder / ERROR).unlink(missing_ok=True)
     record: dict[str, Any] = {"command": job.command, "started": now(), "lethe": __version__, "key": identity.key}

@@ -14,9 +14,6 @@ from torchlethe.components.split_network import SplitNetwork
 from torchlethe.components.universal_noise import Init
 from torchlethe.lightning_modules.attacks.judging import JudgedPerturbation
 
-BALL = ("method", "xi", "p", "clamp", "target")
-"""What a v cannot change in the middle of a fit."""
-
 
 class StoredPerturbation(JudgedPerturbation):
     """The part of :class:`UniversalPerturbation` that writes and reads v; not for use by itself."""
@@ -70,10 +67,13 @@ class StoredPerturbation(JudgedPerturbation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the attack's state and the hash of the network, whose weights are left out."""
         shape = list(self.noise.v.shape[1:])
-        ball = {name: self.about()[name] for name in BALL}
-        checkpoint["attack"] = {
-            "state": self.attack.state_dict(), "network_hash": self.network_hash(), "shape": shape, "ball": ball,
-        }  # fmt: skip
+        state = {"state": self.attack.state_dict(), "network_hash": self.network_hash(), "shape": shape}
+        checkpoint["attack"] = {**state, "ball": self._ball()}
+
+    def _ball(self) -> dict[str, Any]:
+        """What a v is made for, beside the network: a checkpoint of another one is refused."""
+        kind = {"method": type(self).__name__, "target": self.target}
+        return {**kind, "xi": float(self.xi), "p": float(self.p), "clamp": self.clamp}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make v before it is filled; refuse a checkpoint for another network, ball or target."""
@@ -86,8 +86,8 @@ class StoredPerturbation(JudgedPerturbation):
                 f"one ({self.network_hash()[:12]}…): give the same with the argument weights."
             )
         self.build(state["shape"])
-        for name, value in state["ball"].items():
-            if value != (now := self.about()[name]):
+        for name, value in state.get("ball", {}).items():
+            if value != (now := self._ball()[name]):
                 raise ValueError(f"the checkpoint was made with {name}={value}, but this run has {name}={now}.")
         self._restored = state["state"]
 

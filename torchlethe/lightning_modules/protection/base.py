@@ -20,7 +20,7 @@ from torchlethe.data import PADDING_INDEX, as_batch
 from torchlethe.data.loaders import PositionedLoader
 from torchlethe.io import atomic_write
 from torchlethe.updates.protection import Protection
-from torchlethe.updates.protection.snapshots import Snapshots
+from torchlethe.updates.protection.snapshots import LAYOUT, Snapshots
 
 
 class ProtectionModule(LightningModule):
@@ -92,7 +92,7 @@ class ProtectionModule(LightningModule):
         if stage != "predict":
             raise ValueError(f"{type(self).__name__} protects data, it runs with `predict`, not with `{stage}`.")
         labels = getattr(getattr(getattr(self.trainer, "datamodule", None), "train_set", None), "labels", None)
-        if labels is not None:
+        if isinstance(labels, Tensor):
             self._check_labels(labels)
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "64-true", "bf16-mixed"):
@@ -126,7 +126,7 @@ class ProtectionModule(LightningModule):
 
     def _prepare(self, path: Path | None) -> Any:
         """Prepare, from a killed run's last snapshot if there is one; rank 0 keeps the outcome."""
-        begun = None if path is None else path.with_suffix(".begun.pt")
+        begun = None if path is None else path.with_suffix(f".begun{LAYOUT}.pt")
         writes = self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         found = self._read(begun)
         if found is not None:

@@ -94,7 +94,7 @@ class DeepConfuseProtector(Protection):
             optimizer = torch.optim.Adam(learner.parameters(), lr=self.generator_lr)
             # in double precision other weights would be drawn
             architecture = copy.deepcopy(self.networks["network"]).float()
-            done, last, state = 0, 0.0, self.snapshots.found
+            done, last, state = 0, 0.0, self.snapshots.take()
             if state is not None:
                 done, last = state["done"], state["clean_loss"]
                 restore_training(state, device, learner=learner, optimizer=optimizer)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchlethe.arguments import check_above, check_at_least, check_choice, check_within
+from torchlethe.arguments import check_at_least, check_choice, check_within
 from torchlethe.components import gradients_on
 from torchlethe.functional.sign_descent import sign_descent
 from torchlethe.updates.protection.base import Batches, Reduce
@@ -84,7 +84,7 @@ class ErrorMinimizingProtector(JointNoiseProtector):
         self.train_steps, self.rounds = train_steps, rounds
         check_at_least(1, steps=self.steps, train_steps=train_steps, rounds=rounds)
         check_at_least(2, num_classes=num_classes)
-        check_above(0, stop_error=self.stop_error)
+        check_at_least(0, stop_error=self.stop_error)
         check_within(0, 1, "(]", share=self.share)
         if not classwise and self.share != 1:
             raise ValueError(f"share is {share}, but noise_of is 'sample': each image needs noise of its own.")
@@ -107,9 +107,10 @@ class ErrorMinimizingProtector(JointNoiseProtector):
             )
             optimizer = self.optimizer(network)
             done, error = 0, 1.0
-            if (state := self.snapshots.found) is not None:
+            if (state := self.snapshots.take()) is not None:
                 done, error = state["done"], state["error"]
                 restore_training(state, device, network=network, optimizer=optimizer, noise=noise)
+                del state
             batches = everything.training_rows(self.batch_size, self.seed, done * self.train_steps if trains else 0)
             with progress("error-minimising noise", self.rounds, done) as advance:
                 while done < self.rounds and not self._ended(error, done):
@@ -124,7 +125,7 @@ class ErrorMinimizingProtector(JointNoiseProtector):
                     advance(f"(error {error:.1%})")
                     parts = {"network": network, "optimizer": optimizer, "noise": noise, "done": done, "error": error}
                     self.snapshots.offer(lambda parts=parts: training_state(device, **parts))  # type: ignore[misc]
-        if not self._ended(error, done):
+        if self.stop_error and not self._ended(error, done):
             warnings.warn(
                 f"after rounds={self.rounds} the network's error on the noised images is {error:.1%}, and "
                 f"stop_error={self.stop_error} was not reached: the noise may be weak.",

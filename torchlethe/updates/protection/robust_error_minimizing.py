@@ -103,9 +103,10 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, 0.1)
             parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "noise": noise}
             done = 0
-            if (state := self.snapshots.found) is not None:
+            if (state := self.snapshots.take()) is not None:
                 done = state["done"]
                 restore_training(state, device, **parts)
+                del state
             batches = everything.training_rows(self.batch_size, self.seed, done)
             with progress("robust error-minimising noise", self.train_steps, done) as advance:
                 for k in range(done, self.train_steps):

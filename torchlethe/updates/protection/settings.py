@@ -31,7 +31,7 @@ def check_step(step: float) -> float:
     """Refuse a step that is no positive number of 1/255, or so small that a fraction of the range must be meant."""
     if not step >= 0.05:
         raise ValueError(
-            f"step is {step}, it must be above 0.05, as its unit is 1/255 like that of radius: 0.8 rather than 0.8/255."
+            f"step is {step}, it must be at least 0.05, as its unit is 1/255 like radius's: 0.8 rather than 0.8/255."
         )
     return float(step)
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LAYOUT = 1
+"""Number of what snapshots hold; those of another number are not read."""
+
 
 class Snapshots:
     """States of a preparation on its way, for those that take hours.
 
-    A preparation asks :attr:`found` for where to start, and calls :meth:`offer` after each of its steps; every rank
+    A preparation asks :meth:`take` for where to start, and calls :meth:`offer` after each of its steps; every rank
     does the same, so one of them writes.
 
     Args:
@@ -25,7 +28,7 @@ class Snapshots:
         >>> states = []
         >>> snapshots = Snapshots(write=states.append, every=0)
         >>> snapshots.offer(lambda: {"step": 1})
-        >>> Snapshots(found=states[-1]).found
+        >>> Snapshots(found=states[-1]).take()
         {'step': 1}
     """
 
@@ -37,6 +40,11 @@ class Snapshots:
     ) -> None:
         self.found, self.write, self.every = found, write, every
         self._last = time.monotonic()
+
+    def take(self) -> Mapping[str, Any] | None:
+        """The state to start from, handed over once: it can be as large as the data set."""
+        found, self.found = self.found, None
+        return found
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Store ``state()``, if it is time."""
@@ -69,5 +77,5 @@ def restore_training(state: Mapping[str, Any], device: torch.device | str, **par
         else:
             part.load_state_dict(state[name])
     torch.set_rng_state(state["random"])
-    if "random_cuda" in state:
+    if "random_cuda" in state and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(state["random_cuda"], torch.device(device))
