@@ -334,7 +334,7 @@ REFUSALS = [
     (lambda: rules.RandomNoiseProtector(2.5), r"radius is 2.5, it must be a whole number"),
     (lambda: rules.AdversarialPoisoningProtector(network(), 4, variant="both"), "variant is 'both'"),
     (lambda: rules.AdversarialPoisoningProtector(network(), 4, shift=8), "shift is 8, which maps each of the 4"),
-    (lambda: rules.AdversarialPoisoningProtector(network(), 4, step=-1.0), "step is -1.0, it must be above 0"),
+    (lambda: rules.AdversarialPoisoningProtector(network(), 4, step=-1.0), "step is -1.0, it must be at least 0.05"),
     (lambda: rules.HypocriticalProtector(network(), steps=0), "steps is 0, it must be at least 1"),
     (lambda: rules.ErrorMinimizingProtector(network(), 4, share=0.5), "each image needs noise of its own"),
     (lambda: rules.ErrorMinimizingProtector(network(), 4, "min"), "objective is 'min', allowed are emin and emax"),
