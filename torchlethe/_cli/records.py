@@ -50,33 +50,13 @@ class RecordConfig(SaveConfigCallback):
         """Save."""
         self._save(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self._save(trainer, pl_module)
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self._save(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self._save(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """From here on the folders stay."""
         self._worked = True
 
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folders stay."""
-        self._worked = True
-
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folders stay."""
-        self._worked = True
-
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """From here on the folders stay."""
-        self._worked = True
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove what says nothing but that there was a run."""

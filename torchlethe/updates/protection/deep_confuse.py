@@ -20,7 +20,6 @@ from torchlethe.functional.sign_descent import quantized
 from torchlethe.models.autoencoder import Autoencoder
 from torchlethe.updates.protection.base import Batches, Protection, Reduce
 from torchlethe.updates.protection.settings import check_radius, described, own_training_state, progress
-from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 State = dict[str, Tensor]
@@ -94,10 +93,9 @@ class DeepConfuseProtector(Protection):
             optimizer = torch.optim.Adam(learner.parameters(), lr=self.generator_lr)
             # in double precision other weights would be drawn
             architecture = copy.deepcopy(self.networks["network"]).float()
-            done, last, state = 0, 0.0, self.snapshots.take()
-            if state is not None:
-                done, last = state["done"], state["clean_loss"]
-                restore_training(state, device, learner=learner, optimizer=optimizer)
+            parts = {"learner": learner, "optimizer": optimizer}
+            state = self.snapshots.resume(device, **parts)
+            done, last = (0, 0.0) if state is None else (state["done"], float(state["total"]) / self.steps)
             batches = everything.training_rows(self.batch_size, self.seed, done)
             with progress("DeepConfuse", self.rounds * self.steps, done) as advance:
                 for number in range(done // self.steps, self.rounds):
@@ -120,13 +118,7 @@ class DeepConfuseProtector(Protection):
                             weights = {name: value.detach().requires_grad_() for name, value in moved.items()}
                             done += 1
                             advance("")
-                            parts = {"learner": learner, "optimizer": optimizer, "fixed": fixed, "total": total}
-                            parts |= {"weights": weights, "done": done}
-                            self.snapshots.offer(
-                                lambda parts=parts: training_state(  # type: ignore[misc]
-                                    device, **parts, clean_loss=float(parts["total"]) / self.steps
-                                )
-                            )
+                            self.snapshots.offer(device, **parts, fixed=fixed, total=total, weights=weights, done=done)
                     last = float(total) / self.steps
         self.learned = learner.eval().requires_grad_(False)
         self.prepared = True

@@ -16,7 +16,6 @@ from torchlethe.updates.protection.base import Batches, Reduce
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
 from torchlethe.updates.protection.settings import own_training_state, progress
-from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 
@@ -107,9 +106,9 @@ class ErrorMinimizingProtector(JointNoiseProtector):
             )
             optimizer = self.optimizer(network)
             done, error = 0, 1.0
-            if (state := self.snapshots.take()) is not None:
+            parts = {"network": network, "optimizer": optimizer, "noise": noise}
+            if (state := self.snapshots.resume(device, **parts)) is not None:
                 done, error = state["done"], state["error"]
-                restore_training(state, device, network=network, optimizer=optimizer, noise=noise)
                 del state
             batches = everything.training_rows(self.batch_size, self.seed, done * self.train_steps if trains else 0)
             with progress("error-minimising noise", self.rounds, done) as advance:
@@ -123,8 +122,7 @@ class ErrorMinimizingProtector(JointNoiseProtector):
                         error = error_rate(network, everything, noise, rows, self.search_batch_size)
                     done += 1
                     advance(f"(error {error:.1%})")
-                    parts = {"network": network, "optimizer": optimizer, "noise": noise, "done": done, "error": error}
-                    self.snapshots.offer(lambda parts=parts: training_state(device, **parts))  # type: ignore[misc]
+                    self.snapshots.offer(device, **parts, done=done, error=error)
         if self.stop_error and not self._ended(error, done):
             warnings.warn(
                 f"after rounds={self.rounds} the network's error on the noised images is {error:.1%}, and "

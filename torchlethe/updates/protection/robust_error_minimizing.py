@@ -16,7 +16,6 @@ from torchlethe.updates.protection.draws import random_crops, uniform_noise
 from torchlethe.updates.protection.frozen import frozen
 from torchlethe.updates.protection.joint_noise import JointNoiseProtector, error_rate, input_gradient
 from torchlethe.updates.protection.settings import own_training_state, progress
-from torchlethe.updates.protection.snapshots import restore_training, training_state
 from torchlethe.updates.protection.whole_set import WholeSet
 
 _TRAIN, _FINAL = 0, 1  # purposes of random numbers
@@ -103,9 +102,8 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, 0.1)
             parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "noise": noise}
             done = 0
-            if (state := self.snapshots.take()) is not None:
+            if (state := self.snapshots.resume(device, **parts)) is not None:
                 done = state["done"]
-                restore_training(state, device, **parts)
                 del state
             batches = everything.training_rows(self.batch_size, self.seed, done)
             with progress("robust error-minimising noise", self.train_steps, done) as advance:
@@ -121,7 +119,7 @@ class RobustErrorMinimizingProtector(JointNoiseProtector):
                     self.train_step(network, optimizer, seen, label)
                     schedule.step()
                     advance("")
-                    self.snapshots.offer(lambda k=k: training_state(device, **parts, done=k + 1))  # type: ignore[misc]
+                    self.snapshots.offer(device, **parts, done=k + 1)
             seed = mix_seed(self.seed, self.train_steps, _FINAL)
             with frozen(network):
                 for part in everything.rows(self.search_batch_size):

@@ -16,8 +16,9 @@ LAYOUT = 1
 class Snapshots:
     """States of a preparation on its way, for those that take hours.
 
-    A preparation asks :meth:`take` for where to start, and calls :meth:`offer` after each of its steps; every rank
-    does the same, so one of them writes.
+    A preparation calls :meth:`resume` before its first step, and :meth:`offer` after each; every rank does the same, so
+    one of them writes. A state holds the parts that are given by name (tensors and plain values as they are, of all
+    else the ``state_dict()``), and torch's random generators.
 
     Args:
         found: the last state of an earlier run, or None.
@@ -26,10 +27,11 @@ class Snapshots:
 
     Example:
         >>> states = []
-        >>> snapshots = Snapshots(write=states.append, every=0)
-        >>> snapshots.offer(lambda: {"step": 1})
-        >>> Snapshots(found=states[-1]).take()
-        {'step': 1}
+        >>> noise = torch.ones(2)
+        >>> Snapshots(write=states.append, every=0).offer("cpu", noise=noise, done=3)
+        >>> other = torch.zeros(2)
+        >>> Snapshots(found=states[-1]).resume("cpu", noise=other)["done"], other
+        (3, tensor([1., 1.]))
     """
 
     def __init__(
@@ -41,41 +43,42 @@ class Snapshots:
         self.found, self.write, self.every = found, write, every
         self._last = time.monotonic()
 
-    def take(self) -> Mapping[str, Any] | None:
-        """The state to start from, handed over once: it can be as large as the data set."""
-        found, self.found = self.found, None
-        return found
+    @torch.no_grad()
+    def resume(self, device: torch.device | str, **parts: Any) -> Mapping[str, Any] | None:
+        """Bring parts, and the random generators, to where an earlier run left them.
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Store ``state()``, if it is time."""
-        if self.write is not None and time.monotonic() - self._last >= self.every:
-            self.write(state())
-            self._last = time.monotonic()
+        Args:
+            device: where the preparation runs.
+            parts: tensors, and objects with ``load_state_dict``, by the names under which they were offered.
 
+        Returns:
+            The state, once, as it can be as large as the data set; None if there is none.
+        """
+        state, self.found = self.found, None
+        if state is None:
+            return None
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        if "random_cuda" in state and torch.device(device).type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], torch.device(device))
+        return state
 
-def training_state(device: torch.device | str, **parts: Any) -> dict[str, Any]:
-    """Where a training is: tensors, plain values, ``state_dict()`` of all else, and torch's random generators.
+    def offer(self, device: torch.device | str, **parts: Any) -> None:
+        """Store where the preparation is, if it is time.
 
-    Args:
-        device: where it runs.
-        parts: by name.
-    """
-    place = torch.device(device)
-    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-    state["random"] = torch.get_rng_state()
-    if place.type == "cuda":
-        state["random_cuda"] = torch.cuda.get_rng_state(place)
-    return state
-
-
-@torch.no_grad()
-def restore_training(state: Mapping[str, Any], device: torch.device | str, **parts: Any) -> None:
-    """Bring tensors and parts with ``load_state_dict`` to a state of :func:`training_state`, and the generators too."""
-    for name, part in parts.items():
-        if isinstance(part, Tensor):
-            part.copy_(state[name])
-        else:
-            part.load_state_dict(state[name])
-    torch.set_rng_state(state["random"])
-    if "random_cuda" in state and torch.device(device).type == "cuda":
-        torch.cuda.set_rng_state(state["random_cuda"], torch.device(device))
+        Args:
+            device: where the preparation runs.
+            parts: by name.
+        """
+        if self.write is None or time.monotonic() - self._last < self.every:
+            return
+        state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+        state["random"] = torch.get_rng_state()
+        if torch.device(device).type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(torch.device(device))
+        self.write(state)
+        self._last = time.monotonic()
